@@ -30,7 +30,8 @@ from pipeline.ingest.staging import make_folders
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import run_step
 from pipeline.storage.files import make_folder, storage_of
-from pipeline.storage.store_path import place
+from pipeline.storage.ranges import RangedFile
+from pipeline.storage.store_path import on_store, place
 
 GROUP_ROWS = 1 << 17  # of the row groups of a spilled batch, by which it can be cut into units
 # What the pipeline around the transform decides, or has no meaning for batches.
@@ -264,6 +265,8 @@ def after(run: Run, reports: list[tuple[int, Report | Failure]], step: str) -> I
         message = json.loads(error.read_text())
         error.unlink(missing_ok=True)
         raise UserError(message)
+    if not (job.scratch / f"{step}.json").exists():
+        raise UserError(f"{job.scratch}: the reports of step {step} could not be written. Run again once they can.")
     if last:
         commit_job(run.config, job, limits, run.schema, run.config.out)
         yield _manifest(run.config.out)
@@ -289,7 +292,7 @@ def dead_letters(dataset: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path
 def read_group(group: tuple[Path, int]) -> pa.RecordBatch:
     """A row group of a file."""
     path, index = group
-    with path.open("rb") as file:
+    with RangedFile(path) if on_store(path) else path.open("rb") as file:
         table = pq.ParquetFile(file).read_row_group(index, use_threads=False)
     return table.combine_chunks().to_batches()[0]
 

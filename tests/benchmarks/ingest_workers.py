@@ -7,11 +7,11 @@
     cache=FOLDER      where logs stay, by default runs/bench-ingest
 
 direct is this machine's worker processes, hosts are worker pools on loopback, spark is a standalone cluster of as many
-workers of one core, started before the clock. Each run is a job of its own process, on one thread a worker. The profile has for
-each step the seconds between its beginning and the next one's, the share of them in which workers worked, and what the
-rest of it went to, in seconds: until the first piece began, waiting for the last one, and after it, when one process
-adds up and plans. `stretch` is the time of all pieces over that with one worker of the kind: what workers that share
-caches and memory cost each other. Results are kept in results/ingest-workers.json.
+workers of one core, both started before the clock and not in CPU s. Each run is a job of its own process, on one thread a
+worker. The profile has for each step the seconds between its beginning and the next one's, the share of them in which
+workers worked, and what the rest of it went to, in seconds: until the first piece began, waiting for the last one, and
+after it, when one process adds up and plans. `stretch` is the time of all pieces over that with one worker of the kind:
+what workers that share caches and memory cost each other. Results are kept in results/ingest-workers.json.
 """
 
 import json
@@ -23,11 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +86,13 @@ def main() -> None:
         raise SystemExit(f"only={min(unknown)}: no such run, there are {', '.join(NAMES)}")
     log = w.generated(Path(options.cache), options.rows)
     rounds = []
-    with ExitStack() as stack:
-        servers = {name: stack.enter_context(settings_of(name)) for name in names}
-        for number in range(options.rounds):
-            rounds.append({name: take(name, servers[name], log, options) for name in names})
-            print(f"round {number + 1}/{options.rounds}", file=sys.stderr, flush=True)
+    for number in range(options.rounds):
+        taken = {}
+        for name in names:
+            with settings_of(name) as settings:
+                taken[name] = take(name, settings, log, options)
+        rounds.append(taken)
+        print(f"round {number + 1}/{options.rounds}", file=sys.stderr, flush=True)
     report(names, rounds, log.bytes + log.click_bytes)
     if not options.only:
         keep(options, rounds)
@@ -149,29 +149,15 @@ def pool() -> Iterator[str]:
 @contextmanager
 def spark_cluster(count: int) -> Iterator[str]:
     """A standalone cluster of so many workers of one core on loopback; its URL."""
-    spec = find_spec("pyspark")
-    if spec is None or spec.origin is None:
-        raise SystemExit("spark: pip install pyspark, or leave it out with only=")
-    home = Path(spec.origin).parent
-    start, port, page = str(home / "bin" / "spark-class"), free_port(), free_port()
-    variables = {"SPARK_HOME": str(home), "PYSPARK_PYTHON": sys.executable, "SPARK_DAEMON_MEMORY": "256m"}
-    master = f"spark://127.0.0.1:{port}"
-    local = ["--host", "127.0.0.1"]
-    with ExitStack() as stack:
-        main_ = "org.apache.spark.deploy.master.Master"
-        stack.enter_context(served(start, main_, *local, "--port", str(port), "--webui-port", str(page), **variables))
-        wait_for_port(port)
-        for _ in range(count):
-            work = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-            worker = [start, "org.apache.spark.deploy.worker.Worker", master, *local, "--cores", "1", "--memory", "1g"]
-            ports = ["--webui-port", str(free_port())]
-            stack.enter_context(served(*worker, *ports, "--work-dir", work, **variables))
-        for _ in range(300):
-            with urllib.request.urlopen(f"http://127.0.0.1:{page}/json/") as answer:
-                if json.load(answer)["aliveworkers"] == count:
-                    break
-            time.sleep(0.2)
-        yield master
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "ingest")]
+    from spark_cluster import SparkCluster
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        cluster = SparkCluster(Path(folder) / "spark", environment(), count)
+        try:
+            yield cluster.start().master
+        finally:
+            cluster.kill()
 
 
 def free_port() -> int:

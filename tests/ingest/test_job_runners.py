@@ -11,8 +11,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from apache_beam.metrics import MetricsFilter
@@ -21,6 +23,7 @@ from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 
 from pipeline.ingest import progress, workers
 from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.messages import Failure, MergeWork, Piece, WriteWork
 from pipeline.ingest.runners import pipelines
 from pipeline.ingest.runners.registry import RUNNERS, check_runner, pipeline_on
 
@@ -108,6 +111,33 @@ def test_an_engine_shows_each_step_under_its_name(small_log, small_content, tmp_
     parts = ["spread", "do", "gather", "plan"]
     steps = ["read", "join", "label", "merge", "encode", "write"]
     assert labels == [f"taskfuse/{step}/{part}" for step in steps for part in parts]
+
+
+def test_worker_processes_begin_with_the_largest_shards_then_in_the_order_of_the_work(monkeypatch):
+    submitted = []
+
+    class Recorder:
+        def submit(self, step: str, number: int, work: Any) -> Future:
+            submitted.append(number)
+            future: Future = Future()
+            future.set_result(Failure("none"))
+            return future
+
+    monkeypatch.setattr(workers, "RUNNING", [Recorder()])
+    for step, wanted in (("write", [3, 0, 2, 1]), ("merge", [0, 1, 2, 3])):
+        rows = [200, 100, 200, 300]
+        work = [
+            WriteWork("train", [[Piece("a", 0, 50)], [Piece("b", 0, n - 50)]], "path")
+            if step == "write"
+            else MergeWork([])
+            for n in rows
+        ]
+        fn = pipelines.StepFn(lambda *_: None, step)
+        fn.start_bundle()
+        for number in (1, 3, 0, 2):  # as a shuffle has them
+            assert not list(fn.process((number, work[number])))
+        made = [each.value[0] for each in fn.finish_bundle()]
+        assert made == wanted == submitted[-4:]
 
 
 def test_progress_is_logged_step_by_step(small_log, small_content, tmp_path, monkeypatch):

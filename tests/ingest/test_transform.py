@@ -16,7 +16,7 @@ from ingest_runs import SPLITS, dead_letters_of, no_beam, rows_by_id, run
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from pipeline.ingest.transform import Preprocess, after, begin, do, spill
+from pipeline.ingest.transform import Preprocess, after, begin, do, read_group, row_groups, spill
 
 pytestmark = pytest.mark.integration
 
@@ -137,12 +137,16 @@ def alone(small_content) -> dict[str, Any]:
     return content | {"tasks": {"bought": {"kind": "binary", "label": "qty > 1"}}}
 
 
-def test_two_equal_batches_are_twice_the_rows(small_log, alone, tmp_path):
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_two_equal_batches_are_twice_the_rows(where, small_log, alone, tmp_path, request):
+    scratch = tmp_path / "scratch" if where == "folder" else request.getfixturevalue("s3")
     batches = batches_of(small_log, "impressions-*")
-    transform = Preprocess(Schema.parse(alone, where="mine.yaml"), tmp_path / "scratch")
+    transform = Preprocess(Schema.parse(alone, where="mine.yaml"), str(scratch), rows_per_row_group=400)
     manifest = in_a_loop(transform, {"impressions": [*batches, batches[0]]})
     assert sum(manifest["rows"].values()) == 1000
-    assert len({row["row_id"] for row in rows_by_id(tmp_path / "scratch" / "dataset")}) == 1000
+    groups = [group for split in SPLITS for group in row_groups(scratch / "dataset", split, manifest)]
+    assert len(groups) == 3
+    assert len({row_id for group in groups for row_id in read_group(group)["row_id"].to_pylist()}) == 1000
 
 
 def test_encoders_of_a_dataset_encode_batches_without_labels(of_files, small_log, small_content, tmp_path):

@@ -5,7 +5,6 @@ Reshuffle, ParDo, FlatMap and CombineGlobally is used: the runners of spark.py a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -36,21 +35,25 @@ class StepFn(beam.DoFn):
 
     def start_bundle(self) -> None:
         """Nothing is under way yet."""
-        self.submitted: list[tuple[int, Future[Report | Failure]]] = []
+        self.waiting: list[tuple[int, Any]] = []
 
     def process(self, element: tuple[int, Any]) -> Iterator[tuple[int, Report | Failure]]:
         """Yields one report, unless worker processes make it."""
         number, work = element
         if workers.RUNNING:
-            self.submitted.append((number, workers.RUNNING[-1].submit(self.step, number, work)))
+            self.waiting.append(element)
         else:
             report = self.do(self.step, number, work)
             count(self.step, report)
             yield number, report
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        """Yields what worker processes have made."""
-        for number, future in self.submitted:
+        """Yields what worker processes make of the bundle; they begin with the largest pieces, so that none ends late."""
+        submitted = [
+            (number, workers.RUNNING[-1].submit(self.step, number, work))
+            for number, work in sorted(self.waiting, key=lambda element: (-schedule.size_of(element[1]), element[0]))
+        ]
+        for number, future in submitted:
             report = future.result()
             count(self.step, report)
             yield GlobalWindows.windowed_value((number, report))
