@@ -15,7 +15,7 @@ import pyarrow as pa
 from pipeline.storage.patience import patiently
 from pipeline.storage.store_path import StorePath
 
-TAIL_BYTES = 1 << 15  # that are asked for as an index; a larger one takes a second request
+TAIL_BYTES = 1 << 16  # that are asked for as an index, of a small object all; a larger index takes a second request
 MOST_BOUNDS = 1 << 22  # of batches that a process remembers, 8 bytes each
 
 Index = tuple[pa.Schema | None, np.ndarray]  # and where batches begin and end: [batches + 1]
@@ -48,10 +48,19 @@ def read(path: StorePath) -> pa.Table:
 
 def read_each(paths: Sequence[StorePath], batches: Sequence[int]) -> list[pa.Table]:
     """One batch of each object, all asked for at once, as are the indexes that this process has not seen yet."""
-    indexes = _indexes(paths)
-    bounds = [indexes[str(path)][1][batch : batch + 2].tolist() for path, batch in zip(paths, batches, strict=True)]
-    contents = _ranges(paths, [start for start, _ in bounds], [stop for _, stop in bounds])
-    return [_table(content, indexes[str(path)][0]) for path, content in zip(paths, contents, strict=True)]
+    indexes, tails = _indexes(paths)
+    contents, missing = dict[int, bytes](), dict[int, tuple[int, int]]()
+    for number, (path, batch) in enumerate(zip(paths, batches, strict=True)):
+        bounds = indexes[str(path)][1]
+        start, stop = bounds[batch : batch + 2].tolist()
+        begin, tail = tails.get(str(path), (stop, b""))
+        if begin <= start:
+            contents[number] = tail[start - begin : stop - begin]
+        else:
+            missing[number] = start, stop
+    starts, stops = zip(*missing.values(), strict=True) if missing else ((), ())
+    contents |= zip(missing, _ranges([paths[number] for number in missing], starts, stops), strict=True)
+    return [_table(contents[number], indexes[str(path)][0]) for number, path in enumerate(paths)]
 
 
 def remove(paths: Sequence[StorePath]) -> None:
@@ -60,7 +69,9 @@ def remove(paths: Sequence[StorePath]) -> None:
         patiently(paths[0], paths[0].system.rm, [path.key for path in paths])
 
 
-def _indexes(paths: Sequence[StorePath]) -> dict[str, Index]:
+def _indexes(paths: Sequence[StorePath]) -> tuple[dict[str, Index], dict[str, tuple[int, bytes]]]:
+    """The indexes of objects, and of those that were asked for now the place and content of their last bytes."""
+    seen = dict[str, tuple[int, bytes]]()
     found = {str(path): _known[str(path)] for path in paths if str(path) in _known}
     new = [path for path in dict.fromkeys(paths) if str(path) not in found]
     tails = _ranges(new, [-TAIL_BYTES] * len(new), [None] * len(new))
@@ -69,10 +80,11 @@ def _indexes(paths: Sequence[StorePath]) -> dict[str, Index]:
         if size > len(tail):
             [tail] = _ranges([path], [-size], [None])
         found[str(path)] = _parsed(tail[-size:])
+        seen[str(path)] = int(found[str(path)][1][-1]) + size - len(tail), tail
     if sum(len(bounds) for _, bounds in (*_known.values(), *found.values())) > MOST_BOUNDS:
         _known.clear()
     _known.update(found)
-    return found
+    return found, seen
 
 
 def _index_bytes(tail: bytes) -> int:
@@ -97,4 +109,4 @@ def _ranges(paths: Sequence[StorePath], starts: Sequence[int], stops: Sequence[A
     if not paths:
         return []
     system, keys = paths[0].system, [path.key for path in paths]
-    return patiently(paths[0], system.cat_ranges, keys, starts, stops, on_error="raise")
+    return patiently(paths[0], system.cat_ranges, keys, list(starts), list(stops), on_error="raise")

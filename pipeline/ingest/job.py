@@ -6,7 +6,6 @@ Blocks of rows stay inside one step, as Arrow columns from the reader to the wri
 import datetime
 import json
 import logging
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -15,15 +14,12 @@ from pathlib import Path
 from features.errors import UserError, join_faults
 from features.fit import reuse
 from features.fit.encoders import Encoders
-from features.fit.fitted_files import encoder_files
-from features.regular_files import open_regular
 from features.schema.schema import RowIndexSplit, Schema
 from features.schema.unlabelled import check_past, without_labels
 from features.source import Outcome
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.dataset import Dataset, commit, require_file
+from pipeline.dataset.dataset import Dataset, commit
 from pipeline.dataset.days import days_in, folder_of_day
-from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import Manifest
 from pipeline.ingest import files as raw_files
 from pipeline.ingest import schedule, totals
@@ -33,17 +29,16 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.formats import raw_format, units
 from pipeline.ingest.messages import ReadWork, WriteReport
 from pipeline.ingest.past_end import state_of, warn_of_stale_days
-from pipeline.ingest.past_start import Start, copy_state, start_of
+from pipeline.ingest.past_start import Start, copy_encoders, copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners.hosts import addresses, must_see, workers_of
 from pipeline.ingest.schedule import Limits
-from pipeline.ingest.staging import folders_of, remove_half_committed
+from pipeline.ingest.staging import fetch, folders_of, remove_half_committed
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
-from pipeline.storage.files import copy_file
-from pipeline.storage.store_path import StorePath, on_store
+from pipeline.storage.store_path import on_store
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +162,7 @@ def limits_of(config: PreprocessConfig, plan: Plan) -> Limits:
 def copy_past(plan: Plan, job: Job, schema: Schema) -> None:
     """Copies what the job goes on from: the encoders of another dataset, and a state. Raises UserError, OSError."""
     if plan.reference and not plan.fits:
-        _copy_encoders(plan.reference, job.staging, schema)
+        copy_encoders(plan.reference, job.staging, schema)
     if plan.start:
         copy_state(plan.start, schema, job.begun)
 
@@ -370,19 +365,6 @@ def _same_features(schema: Schema, known: Schema) -> bool:
     return known.inputs_fingerprint == schema.inputs_fingerprint and kept == schema.features.keys()
 
 
-def _copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
-    """Copies the files of the encoders, and nothing that only looks like one. Raises UserError, OSError."""
-    if not on_store(staging):
-        (staging / "encoders" / "vocabularies").mkdir(parents=True)
-    for name in encoder_files(schema):
-        source, target = require_file(reference, f"encoders/{name}"), staging / "encoders" / name
-        if on_store(source) or on_store(target):
-            copy_file(source, target)
-        else:
-            with open_regular(source) as content, target.open("xb") as copy:
-                shutil.copyfileobj(content, copy)
-
-
 def run_steps(config: PreprocessConfig, job: Job, limits: Limits, work: list[ReadWork]) -> None:
     """Runs all steps. Raises UserError for the first failure."""
     total = sum(each.unit.file.size for each in work if not each.unit.start)
@@ -413,16 +395,5 @@ def commit_job(
     counts = totals.of_job(job, limits) | {"state": state_of(job, config.state.from_ is not None)}
     totals.add_splits(job)
     if staging is not None and staging != job.staging:
-        _fetch(job.staging, staging)
+        fetch(job.staging, staging)
     return commit(staging or job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)
-
-
-def _fetch(folder: Path, target: Path) -> None:
-    """Copies what workers have made from a store."""
-    assert isinstance(folder, StorePath)
-
-    def fetch(name: str) -> None:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(folder / name, target / name)
-
-    each_of(folder, fetch, sizes_below(folder))

@@ -1,11 +1,13 @@
-"""The state that histories and counters of a job begin from: that of the day before, or of another dataset."""
+"""What a job goes on from: the state of the day before or another dataset for histories and counters, and its encoders."""
 
 import datetime
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from features.errors import UserError
+from features.fit.fitted_files import encoder_files
 from features.printable import printable
 from features.regular_files import open_regular
 from features.schema.schema import Schema
@@ -13,6 +15,7 @@ from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.days import MissingDays, day_of, days_in, folder_of_day, ranges_of
 from pipeline.dataset.entries import State, StateFile, StateOrigin
 from pipeline.dataset.past_state import meaning, state_id
+from pipeline.storage.files import copy_file
 from pipeline.storage.store_path import on_store, place
 from pipeline.storage.uploading import uploading
 
@@ -161,6 +164,19 @@ def _place(named: str) -> Path:
         return place(named)
     except ValueError as error:
         raise UserError(f"state.from: {error}") from None
+
+
+def copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
+    """Copies the files of the encoders, and nothing that only looks like one. Raises UserError, OSError."""
+    if not on_store(staging):
+        (staging / "encoders" / "vocabularies").mkdir(parents=True)
+    for name in encoder_files(schema):
+        source, target = require_file(reference, f"encoders/{name}"), staging / "encoders" / name
+        if on_store(source) or on_store(target):
+            copy_file(source, target)
+        else:
+            with open_regular(source) as content, target.open("xb") as copy:
+                shutil.copyfileobj(content, copy)
 
 
 def copy_state(start: Start, schema: Schema, target: Path) -> None:

@@ -6,8 +6,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from features.errors import UserError
+from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.ingest.state import RESERVE_FILE
 from pipeline.storage import staging
+from pipeline.storage.files import copy_file
 from pipeline.storage.lease import lease
 from pipeline.storage.store_path import StorePath, on_store, remove_tree
 
@@ -72,3 +74,14 @@ def _make(scratch: Path) -> None:
     if not on_store(scratch):  # which has no folders, and is never full
         (scratch / "progress").mkdir(parents=True, exist_ok=True)
         (scratch / RESERVE_FILE).write_bytes(bytes(1 << 16))
+
+
+def fetch(folder: Path, target: Path) -> None:
+    """Copies what workers have made from a store."""
+    assert isinstance(folder, StorePath)
+
+    def copy(name: str) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(folder / name, target / name)
+
+    each_of(folder, copy, sizes_below(folder))

@@ -279,7 +279,7 @@ def test_a_cut_file_ends_the_command_with_one_line_and_exit_code_1(conf, small_l
         (["data=nosuch", "out=out"], "nosuch"),
         (["data=small", "out=out", "rows_per_shard=0"], "rows_per_shard"),
         (["data=small", "out=out", "colour=blue"], "colour"),
-        (["data=small", "out=s3://bucket/data"], "out: "),
+        (["data=small", "out=ftp://host/data"], "out: "),
         (["data=small", "out=out", "encoders.from=nosuch"], "no such file"),
     ],
 )

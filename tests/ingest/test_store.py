@@ -179,6 +179,12 @@ def test_a_batch_of_many_is_read_alone_and_an_index_once(store: StorePath, monke
         assert len(asked) - len(sizes) == 6  # an index, and one more request for the rest of it, each
         assert len(sizes) == 3 * len(kind)
         assert sum(sizes) < 3 * (store / "0").stat().st_size
+        monkeypatch.setattr(batch_objects, "TAIL_BYTES", 1 << 16)  # the last batch, too
+        batch_objects._known.clear()
+        asked.clear()
+        assert all(found.equals(kind[-1]) for found in shuffle.read_each(paths, [len(kind) - 1] * 3))
+        assert len(asked) == 3
+        monkeypatch.setattr(batch_objects, "TAIL_BYTES", 40)
 
 
 def test_raw_files_are_read_on_where_a_store_stopped_answering(

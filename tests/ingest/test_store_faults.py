@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import yaml
 from ingest_runs import ENVIRONMENT, content_of, no_beam, run
+from s3_server import S3Server
 from store_fixtures import FaultProxy
 
 from features.errors import UserError
@@ -74,15 +75,20 @@ def test_a_store_that_is_gone_for_a_while_changes_nothing(
     scratch,
     through_proxy: StorePath,
     proxy: FaultProxy,
+    s3_server: S3Server,
     small_log,
     small_content,
     wanted,
     tmp_path,
 ):
     def restart() -> None:
-        proxy.stop()
-        time.sleep(1)
-        proxy.start()
+        if scratch == "store":
+            s3_server.kill()
+            s3_server.start()
+        else:
+            proxy.stop()
+            time.sleep(1)
+            proxy.start()
 
     folder = through_proxy / "scratch" if scratch == "store" else tmp_path / "scratch"
     kind, count = ("scratch", 12) if scratch == "store" else ("part-", 2)
