@@ -27,8 +27,6 @@ from pipeline.dataset.entries import (
     State,
 )
 from pipeline.storage.files import sha256
-from pipeline.storage.ranges import RangedFile
-from pipeline.storage.store_path import on_store
 
 VERSION = 2
 MAX_BYTES = 128 << 20  # of manifest.json: two kilobytes a shard or so
@@ -294,7 +292,7 @@ def footer_sha256(path: Path) -> str:
     Raises UserError, OSError as open_regular.
     """
     digest = hashlib.sha256()
-    with RangedFile(path) if on_store(path) else open_regular(path) as file:
+    with open_regular(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 8))
         length = int.from_bytes(file.read(4), "little")

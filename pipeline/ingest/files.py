@@ -194,11 +194,18 @@ def _reachable(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each storage has exceptions of its own
-        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
-            raise UserError(f"{path}: {error.strerror}. Run again once it answers.") from None
+        if silent := no_answer(error):
+            raise silent from None
         raise UserError(
             f"{path}: the storage reports an error: {one_line(error)}. Check address and credentials."
         ) from None
+
+
+def no_answer(error: Exception) -> UserError | None:
+    """The line for a store that has not answered for too long; None for another error."""
+    if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+        return UserError(f"{error.filename}: {error.strerror}. Run again once it does.")
+    return None
 
 
 @contextmanager
@@ -209,8 +216,8 @@ def readable(path: str, to_its_end: bool = False) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
-            raise UserError(f"{path}: {error.strerror}. Run again once it answers.") from None
+        if silent := no_answer(error):
+            raise silent from None
         how, cure = (" to its end", "") if to_its_end else ("", ", or leave it out of the schema's files")
         raise UserError(f"{path}: cannot be read{how}: {one_line(error)}. Fetch it again{cure}.") from None
 

@@ -37,7 +37,7 @@ from pipeline.ingest.past_start import Start, copy_state, start_of
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners.hosts import addresses, must_see, workers_of
 from pipeline.ingest.schedule import Limits
-from pipeline.ingest.staging import folders_of
+from pipeline.ingest.staging import folders_of, remove_half_committed
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
@@ -57,14 +57,25 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     Raises:
         UserError: bad input or settings; nothing half-written is left, and an earlier dataset at `out` stays.
     """
+    try:
+        return _preprocess(config, schema)
+    except OSError as error:
+        if silent := raw_files.no_answer(error):
+            raise silent from None
+        raise
+
+
+def _preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     out = config.out.resolve()
     out = folder_of_day(out, config.date.isoformat()) if config.date else out
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{out} exists. Choose another out=, or set overwrite=true to replace it.")
-    if out.exists() and not (out / "manifest.json").is_file():
+    if out.exists() and not (out / "manifest.json").is_file() and not remove_half_committed(out):
         raise UserError(
             f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
+            if config.overwrite
+            else _exists(out)
         )
+    if out.exists() and not config.overwrite:
+        raise UserError(_exists(out))
     read = without_labels(schema) if config.labels == "none" else schema
     check_settings(config, read)
     plan = plan_of(config, schema, read, _find(config, read))
@@ -78,6 +89,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
             run_steps(config, job, limits, plan.work)
             manifest = commit_job(config, job, limits, schema, out, staging)
         except OSError as error:
+            if raw_files.no_answer(error):
+                raise
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
     if config.date and schema.past:
         warn_of_stale_days(out.parent, config.date)
@@ -157,6 +170,10 @@ def copy_past(plan: Plan, job: Job, schema: Schema) -> None:
         _copy_encoders(plan.reference, job.staging, schema)
     if plan.start:
         copy_state(plan.start, schema, job.begun)
+
+
+def _exists(out: Path) -> str:
+    return f"{out} exists. Choose another out=, or set overwrite=true to replace it."
 
 
 def _warn_of(absent: AbsentDays, schema: Schema) -> None:

@@ -20,6 +20,7 @@ from pipeline.ingest import shuffle
 from pipeline.ingest.absent_columns import check_keys
 from pipeline.ingest.bad_rows import too_many_message
 from pipeline.ingest.empty_split import empty_split
+from pipeline.ingest.files import no_answer
 from pipeline.ingest.join_check import check_joined, check_looked_up
 from pipeline.ingest.messages import (
     DeadLetters,
@@ -49,7 +50,7 @@ from pipeline.ingest.state import IMPRESSIONS, RESERVE_FILE, Job
 from pipeline.ingest.steps.dead_letters import implausible_times
 from pipeline.ingest.steps.merge import merged
 from pipeline.storage.files import write_json
-from pipeline.storage.store_path import place
+from pipeline.storage.store_path import on_store, place
 
 CONSUMED = {
     "write_state": ("later",),
@@ -114,17 +115,23 @@ def after(
         if step == "look_up":
             check_looked_up(job, limits.min_joined, limits.whole_log, limits.max_bad_fraction)
         work = list(PLANS[following](job, limits)) if following else []
+        for name in CONSUMED.get(step, ()):
+            shuffle.remove(list(job.scratch.glob(f"{name}-*")))
+        if following:
+            record_total(job.progress, following, len(work))
     except (UserError, OSError) as error:
-        (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
-        message = str(error) if isinstance(error, UserError) else f"{job.staging.parent}: {one_line(error)}"
-        with suppress(OSError):  # then the driver misses the reports of the last step
-            write_json(job.scratch / "error.json", message)
+        _record_failure(job, error)
         return
-    for name in CONSUMED.get(step, ()):
-        shuffle.remove(list(job.scratch.glob(f"{name}-*")))
-    if following:
-        record_total(job.progress, following, len(work))
     yield from enumerate(work)
+
+
+def _record_failure(job: Job, error: UserError | OSError) -> None:
+    """Leaves the message for the driver; where that cannot be written, the driver misses the report of the last step."""
+    known = error if isinstance(error, UserError) else no_answer(error)
+    with suppress(OSError):
+        if not on_store(job.scratch):
+            (job.scratch / RESERVE_FILE).unlink(missing_ok=True)  # room for the message where the disk is full
+        write_json(job.scratch / "error.json", str(known or f"{job.staging.parent}: {one_line(error)}"))
 
 
 def lines_before(reads: list[ReadReport]) -> list[int]:

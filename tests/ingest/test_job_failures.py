@@ -229,11 +229,14 @@ def test_an_order_in_time_needs_a_time(small_log, small_content, tmp_path):
     assert run(small_log, tmp_path / "out", content).read["impressions"] == 900
 
 
-@pytest.mark.parametrize("out", ["s3://bucket/data", "gs://bucket", "file:///data", "hdfs://name:9000/data"])
-def test_an_out_that_is_a_url_is_refused_before_a_folder_of_its_name_appears(out, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", ["out", "scratch"])
+def test_a_url_of_no_storage_or_with_a_password_is_refused_before_a_folder_of_its_name_appears(
+    key, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValidationError, match="is a URL: a dataset is written to a mounted file system"):
-        PreprocessConfig(input="x", out=out)
+    for url, why in {"ftp://host/data": "is no storage", "s3://me:secret@bucket/data": "has a password in it"}.items():
+        with pytest.raises(ValidationError, match=why):
+            PreprocessConfig.model_validate({"input": "x", "out": "data", key: url})
     assert not list(tmp_path.iterdir())
 
 

@@ -106,8 +106,9 @@ def test_what_is_not_in_a_bucket_is_said_in_one_line(bucket: str) -> None:
 
 def test_a_server_that_does_not_answer_is_named_in_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.5")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises(UserError, match=r"^s3://logs/raw: the storage .*127\.0\.0\.1:9.*\. Check address .*$"):
+    with pytest.raises(UserError, match=r"^s3://logs/raw: the store has not answered for 0.5 s: .*127\.0\.0\.1:9.*$"):
         find(bucket, "*.csv")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import UserError, one_line
+from pipeline.ingest.files import no_answer
 from pipeline.ingest.messages import Failure, ReadReport, Report, Work
 from pipeline.ingest.progress import record_done
 from pipeline.ingest.state import Job
@@ -60,5 +61,5 @@ def reported(do: Callable[[], Report], out: Path, progress: Path, step: str, num
     except UserError as error:
         return Failure(str(error))
     except OSError as error:
-        return Failure(f"{out}: {one_line(error)}. Nothing was written.")
+        return Failure(str(no_answer(error) or f"{out}: {one_line(error)}. Nothing was written."))
     return report
