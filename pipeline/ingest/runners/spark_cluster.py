@@ -146,8 +146,8 @@ def _context(settings: dict[str, str], deadline: float) -> "SparkContext":
     except (Py4JError, OSError, AttributeError) as error:
         if late.is_set():
             raise UserError(
-                f"{settings['spark.master']} answers, but has registered no application within {settings[WAIT]} s. Is it the port "
-                f"of a Spark master, of PySpark's version {_version()}?"
+                f"{settings['spark.master']} answers, but has registered no application within {settings[WAIT]} s. Is it the "
+                f"port of a Spark master, of PySpark's version {_version()}?"
             ) from None
         message = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
         raise UserError(f"runner=spark: Spark does not start: {one_line(Exception(message))}") from None
