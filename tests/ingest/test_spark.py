@@ -16,14 +16,13 @@ import yaml
 from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
 from spark_cluster import SparkCluster, why_not
 
-from pipeline.ingest.runners import spark_cluster
 from pipeline.storage.store_path import files_below
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
 # Quick starts rather than speed.
-QUICK = ["spark.ui.enabled=false"] + [
+QUICK = ["spark.ui.enabled=false", "spark.taskfuse.wait=100"] + [
     f"spark.{role}.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" for role in ("driver", "executor")
 ]
 
@@ -140,12 +139,10 @@ def test_a_python_without_the_packages_is_named_with_its_worker(small_log, small
     assert "set PYSPARK_PYTHON" in message
 
 
-def test_a_cluster_without_room_for_an_executor_ends_the_job_in_time(
-    small_log, small_content, on_spark, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(spark_cluster, "WAIT_S", 8)
-    message = refused(small_log, tmp_path / "out", small_content(), **on_spark("spark.executor.memory=100g"))
-    assert "has given no executor within 8 s" in message
+def test_a_cluster_without_room_for_an_executor_ends_the_job_in_time(small_log, small_content, on_spark, tmp_path):
+    settings = on_spark("spark.executor.memory=100g", "spark.taskfuse.wait=6")
+    message = refused(small_log, tmp_path / "out", small_content(), **settings)
+    assert "has given no executor within 6 s" in message
 
 
 def test_a_failure_in_a_step_is_the_one_line_of_the_job(small_log, small_content, on_spark, tmp_path):
@@ -156,10 +153,11 @@ def test_a_failure_in_a_step_is_the_one_line_of_the_job(small_log, small_content
     assert message.startswith("split")
 
 
-def test_a_server_that_is_no_master_is_given_up_in_time(small_log, small_content, on_spark, tmp_path, monkeypatch):
+def test_a_server_that_is_no_master_is_given_up_in_time(small_log, small_content, on_spark, tmp_path):
     """The last one: the Java process of all jobs before ends with it."""
-    monkeypatch.setattr(spark_cluster, "WAIT_S", 8)
     with socket.create_server(("127.0.0.1", 0)) as server:
         master = f"spark://127.0.0.1:{server.getsockname()[1]}"
-        message = refused(small_log, tmp_path / "out", small_content(), **on_spark() | {"master": master})
-    assert message.startswith(f"{master} answers, but has registered no application within 8 s")
+        message = refused(
+            small_log, tmp_path / "out", small_content(), **on_spark("spark.taskfuse.wait=3") | {"master": master}
+        )
+    assert message.startswith(f"{master} answers, but has registered no application within 3 s")

@@ -54,6 +54,8 @@ def test_options_are_sparks_settings(tmp_path):
     }  # fmt: skip
     for option in ("--spark_master_url=spark://h:1", "spark.executor.memory", "executor.memory=4g"):
         assert "as spark.executor.memory=4g" in refusal(tmp_path, master="local[2]", options=[option])
+    message = refusal(tmp_path, master="local[2]", options=["spark.taskfuse.wait=long"])
+    assert message == "options: spark.taskfuse.wait=long: it is a number of seconds"
 
 
 @pytest.mark.parametrize(

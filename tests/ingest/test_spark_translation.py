@@ -29,7 +29,7 @@ LOCAL = "local[2,3]"  # two cores, three attempts at a task
 def context() -> Iterator[Any]:
     quick = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
     with spark_cluster.application(
-        LOCAL, {"spark.ui.enabled": "false", "spark.driver.extraJavaOptions": quick}
+        LOCAL, {"spark.ui.enabled": "false", "spark.driver.extraJavaOptions": quick, "spark.taskfuse.wait": "100"}
     ) as context:
         yield context
 
@@ -170,6 +170,7 @@ def test_a_task_is_an_element_and_one_that_fails_is_tried_again_but_counted_once
 
     with beam.Pipeline(runner) as pipeline:
         made = pipeline | beam.Create([1, 2, 4]) | beam.Reshuffle() | "count" >> beam.ParDo(Fails())
+        made | "read a second time" >> beam.Map(lambda x: x)
         made | beam.combiners.ToList() | beam.Map(lambda found, path=str(tmp_path): Path(path, str(found)).touch())
     counters = {each.key.metric.name: each for each in pipeline.result.metrics().query()["counters"]}
     assert {name: each.result for name, each in counters.items()} == {"seen": 7, "bundles": 3}

@@ -25,10 +25,13 @@ from features.errors import UserError, one_line
 if TYPE_CHECKING:
     from pyspark import SparkContext
 
-WAIT_S = 25  # for a master and the first executor, once Java runs
+WAIT = (
+    "spark.taskfuse.wait"  # seconds for a master and the first executor, once Java runs; more where applications queue
+)
+WAIT_S = "25"
 ANSWER_S = 5  # for a connection to a master
 SENT = ("features", "models", "pipeline")  # packages that workers get from the driver
-SETTINGS = {"spark.ui.showConsoleProgress": "false"}
+SETTINGS = {"spark.ui.showConsoleProgress": "false", WAIT: WAIT_S}
 
 
 def settings_of(options: Sequence[str]) -> dict[str, str]:
@@ -39,6 +42,8 @@ def settings_of(options: Sequence[str]) -> dict[str, str]:
         if not separator or not re.fullmatch(r"spark\.[\w.\-]+", name):
             raise UserError(f"options: {option}: with runner=spark each is a setting, as spark.executor.memory=4g")
         found[name] = value
+    if not re.fullmatch(r"\d{1,6}", found.get(WAIT, WAIT_S)):
+        raise UserError(f"options: {WAIT}={found[WAIT]}: it is a number of seconds")
     return found
 
 
@@ -70,18 +75,18 @@ def application(master: str, settings: dict[str, str]) -> Iterator["SparkContext
     """An application of the cluster that has an executor.
 
     Raises:
-        UserError: Spark does not start, or there is no executor within WAIT_S.
+        UserError: Spark does not start, or there is no executor in time.
     """
     settings = SETTINGS | _worker_environment() | settings | {"spark.master": master}
     with tempfile.TemporaryDirectory() as folder:
         with _process_unchanged(settings.get("spark.pyspark.python")):
             java(settings)
-            deadline = time.monotonic() + WAIT_S
+            deadline = time.monotonic() + int(settings[WAIT])
             context = _context(settings, deadline)
         try:
             with _process_unchanged():
                 context.addPyFile(str(_zipped(Path(folder))))
-            _wait_for_executor(context, deadline)
+            _wait_for_executor(context, deadline, settings[WAIT])
             yield context
         finally:
             with suppress(Exception):  # it may be gone
@@ -141,8 +146,8 @@ def _context(settings: dict[str, str], deadline: float) -> "SparkContext":
     except (Py4JError, OSError, AttributeError) as error:
         if late.is_set():
             raise UserError(
-                f"{settings['spark.master']} answers, but has registered no application within {WAIT_S} s. Is it the port of "
-                f"a Spark master, of PySpark's version {_version()}?"
+                f"{settings['spark.master']} answers, but has registered no application within {settings[WAIT]} s. Is it the "
+                f"port of a Spark master, of PySpark's version {_version()}?"
             ) from None
         message = error.java_exception.getMessage() if isinstance(error, Py4JJavaError) else error
         raise UserError(f"runner=spark: Spark does not start: {one_line(Exception(message))}") from None
@@ -195,15 +200,15 @@ def _zipped(folder: Path) -> Path:
     return archive
 
 
-def _wait_for_executor(context: "SparkContext", deadline: float) -> None:
+def _wait_for_executor(context: "SparkContext", deadline: float, seconds: str) -> None:
     if str(context.master).startswith("local"):
         return
     spark = context._jsc.sc()
     while len(spark.statusTracker().getExecutorInfos()) < 2:  # the driver is one
         if spark.isStopped() or time.monotonic() > deadline:
             raise UserError(
-                f"{context.master} has given no executor within {WAIT_S} s. Its page shows why: no worker is alive, none has "
-                "the cores and spark.executor.memory free, or they cannot reach this machine (spark.driver.host)."
+                f"{context.master} has given no executor within {seconds} s. Its page shows why: no worker is alive, none has "
+                f"the cores and spark.executor.memory free ({WAIT}=600 waits longer), or they cannot reach spark.driver.host."
             )
         time.sleep(0.1)
 
