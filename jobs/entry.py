@@ -132,6 +132,10 @@ def user_errors() -> Iterator[None]:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
+        if error.errno == errno.ETIMEDOUT and error.filename is not None:  # see pipeline.storage.patience
+            line = f"error: {printable(str(error.filename))[:300]}: {printable(error.strerror)}. Rerun the same command later."
+            write_rank_status("failed", line)
+            sys.exit(line)
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         file = printable(str(error.filename or "a file"))
