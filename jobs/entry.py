@@ -133,7 +133,8 @@ def user_errors() -> Iterator[None]:
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
         if error.errno == errno.ETIMEDOUT and error.filename is not None:  # see pipeline.storage.patience
-            line = f"error: {printable(str(error.filename))[:300]}: {printable(str(error.strerror))}. Rerun the same command later."
+            what = f"{printable(str(error.filename))[:300]}: {printable(str(error.strerror))}"
+            line = f"error: {what}. Rerun the same command later."
             write_rank_status("failed", line)
             sys.exit(line)
         if error.errno not in DISK_FULL_ERRNOS:
