@@ -133,11 +133,11 @@ def user_errors() -> Iterator[None]:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
-        if error.errno in STORE_ERRNOS and error.filename is not None:
-            sys.exit(
-                f"error: {printable(os.fsdecode(error.filename))[:300]}: {printable(str(error.strerror))}. What was committed "
-                "is kept: rerun the same command."
-            )
+        if error.errno in STORE_ERRNOS and error.filename is not None:  # see pipeline.storage.patience
+            what = f"{printable(os.fsdecode(error.filename))[:300]}: {printable(str(error.strerror))}"
+            line = f"error: {what}. What was committed is kept: run the same command again."
+            write_rank_status("failed", line)
+            sys.exit(line)
         if error.errno not in DISK_FULL_ERRNOS:
             raise
         file = printable(str(error.filename or "a file"))

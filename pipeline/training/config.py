@@ -92,7 +92,8 @@ class Settings(Strict):
         pipelined: TorchRec's pipelined loop (None: where there is a GPU, and weighting and accumulate allow it).
         checkpoint_every: steps; None: once an epoch. The last step always has one.
         checkpoint_at: shares of the run's steps at which there is one too.
-        checkpoint_async: written in the background from a copy in memory.
+        checkpoint_async: written in the background from a copy in memory; False: piece by piece while training waits, for hosts
+            whose memory cannot hold a second copy of their tables.
         keep: which checkpoints are kept.
         nonfinite: on a loss or gradient that is not finite: stop, or roll back and skip the batch.
         corrupt: on a row group that cannot be read: stop, or skip its rows and count them.
