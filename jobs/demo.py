@@ -27,7 +27,11 @@ ENVIRONMENT = {**os.environ, "TASKFUSE_LINES": "1", "OMP_NUM_THREADS": os.enviro
 @job("demo")
 def main(config: DictConfig) -> None:
     """Prints and runs each command as a person would, then lists the outputs."""
-    begin, folder = time.monotonic(), place(config.folder)
+    begin = time.monotonic()
+    try:
+        folder = place(config.folder)
+    except ValueError as error:
+        raise UserError(f"folder: {error}") from None
     model = HydraConfig.get().runtime.choices["model"]
     raw, data, run = folder / "raw", folder / "data", folder / model
     print("taskfuse demo: a raw event log in, per-task Normalized Entropy out. Each command can be run by itself.\n")

@@ -1,6 +1,7 @@
-"""An S3 server on loopback (seaweedfs), which tests kill and start again; `python tests/s3_server.py FOLDER` runs one."""
+"""An S3 server on loopback (seaweedfs), which tests kill and start again; `s3_server.py FOLDER COMMAND` runs one beside a command."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -88,16 +89,20 @@ class S3Server:
             self.process = None
 
 
-def main() -> None:
-    """Runs one until stdin closes, and prints what a shell exports to use it."""
-    server = S3Server(Path(sys.argv[1]).absolute()).start()
-    for name, value in server.env.items():
-        print(f"export {name}={value}", flush=True)
+def main() -> int:
+    """Runs a command with a server beside it; without one, prints what a shell exports and runs until stdin closes."""
+    folder, *command = sys.argv[1:]
+    server = S3Server(Path(folder).absolute())
     try:
+        server.start()
+        if command:
+            return subprocess.call(command, env={**os.environ, **server.env})
+        print("\n".join(f"export {name}={value}" for name, value in server.env.items()), flush=True)
         sys.stdin.read()
+        return 0
     finally:
         server.kill()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

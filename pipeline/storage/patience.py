@@ -5,12 +5,13 @@ import errno
 import http.client
 import logging
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from features.errors import UserError, one_line
 
@@ -78,19 +79,24 @@ def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: An
 
 def patiently_for(limit: float, what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
     """`patiently`, with the seconds after which no further try begins."""
-    started, pause = time.monotonic(), FIRST_PAUSE_S
-    while True:
-        try:
-            found = call(*arguments, **named)
-            break
-        except Exception as error:  # each store has exceptions of its own
-            left = started + limit - time.monotonic()
-            if left <= 0 or not may_pass(error):
-                _raise(what, limit, error)
-            if limit - left >= min(SILENCE_S, limit / 2):
-                _say_silent(what, started, limit, error)
-        time.sleep(min(left, random.uniform(pause / 2, pause)))
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+    started = time.monotonic()
+
+    def before_sleep(state: RetryCallState) -> None:
+        if time.monotonic() - started >= min(SILENCE_S, limit / 2):
+            assert state.outcome is not None
+            _say_silent(what, started, limit, state.outcome.exception())
+
+    retrying = Retrying(
+        stop=stop_after_delay(limit),
+        wait=wait_random_exponential(FIRST_PAUSE_S, min(LONGEST_PAUSE_S, limit / 4)),
+        retry=retry_if_exception(may_pass),
+        before_sleep=before_sleep,
+        reraise=True,
+    )
+    try:
+        found = retrying(call, *arguments, **named)
+    except Exception as error:  # each store has exceptions of its own
+        _raise(what, limit, error)
     if _silent:
         _say_answers(what)
     return found
@@ -166,7 +172,7 @@ def _store_of(what: object) -> str:
     return "/".join(str(what).split("/")[:3])
 
 
-def _say_silent(what: object, started: float, limit: float, error: Exception) -> None:
+def _say_silent(what: object, started: float, limit: float, error: Any) -> None:
     store = _store_of(what)
     with _silent_lock:
         known = store in _silent
