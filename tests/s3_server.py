@@ -1,4 +1,4 @@
-"""An S3 server on loopback (seaweedfs), which tests kill and restart; `s3_server.py FOLDER COMMAND` runs one beside a command."""
+"""An S3 server on loopback (seaweedfs), which tests kill; `s3_server.py FOLDER COMMAND` runs one beside a command."""
 
 import json
 import os
