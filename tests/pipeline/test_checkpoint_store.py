@@ -1,6 +1,7 @@
 """Checkpoints on an S3 server: the numbers of one on disk, in bounded memory, and whole or not there whatever happens."""
 
 import tracemalloc
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,35 @@ def test_pruning_keeps_the_best_the_pinned_and_the_newest_and_leaves_no_file_of_
     retention.prune(run, retention.Keep(last=1, best="valid"), "/data", 6)
     assert checkpoint.steps(run.checkpoints) == [2, 6]
     assert {name.partition("/")[0] for name in names(run.checkpoints)} == {"step-00000002", "step-00000006"}
+
+
+def test_a_store_that_does_not_answer_or_refuses_leaves_no_whole_checkpoint_behind(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.run import records
+    from pipeline.training.restore import resume
+
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.1")
+    run, system = Run(memory / "run"), type(memory.system)
+    for step in (3, 4, 5):
+        checkpoint.save(run.checkpoints, SMALL, MANIFEST.model_copy(update={"step": step}))
+    data = next(file for file in files_below(checkpoint.folder(run.checkpoints, 5)) if file.suffix == ".bin")
+    data.write_bytes(b"\1" + data.read_bytes()[1:])
+    assert resume.newest(run) == checkpoint.folder(run.checkpoints, 4)  # a damaged one is passed over
+    cat_file = system.cat_file
+    for error, name in product((TimeoutError("away"), PermissionError("expired")), ("manifest.json", ".bin")):
+
+        def failing(self: Any, path: str, *rest: Any, error: Any = error, name: str = name, **named: Any) -> bytes:
+            if "step-00000004" in path and path.endswith(name):
+                raise error
+            return cat_file(self, path, *rest, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(system, "cat_file", failing)
+            with pytest.raises(UserError, match=r"step-00000004: cannot be read now: .*(answered|refuses)"):
+                resume.newest(run)
+            if name == "manifest.json":
+                for call in (lambda: resume._order(run), lambda: records.checksum(run, 4)):
+                    data.parent.joinpath("manifest.json").write_bytes(b"{")
+                    with pytest.raises(UserError, match="cannot be read now"):
+                        call()

@@ -1,5 +1,6 @@
 """The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
+import errno
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,14 @@ CHECKED_BYTES = 64 << 20  # of a file on a store that are read at once, while th
 
 # Files lie in the checkpoint's own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+
+
+# Errors that say what is wrong with a file. Others are of the moment, or of who asks: the file may be whole.
+DAMAGE = {None, errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+class UnreadableError(UserError):
+    """A checkpoint that cannot be read now, as while its store does not answer: nothing says that it is damaged."""
 
 
 class _Version(BaseModel):
@@ -74,7 +83,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def read(path: Path) -> CheckpointManifest:
-    """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
+    """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version; UnreadableError."""
     refuse_link(path)
     try:
         content = read_regular(path, "manifest.json", MAX_MANIFEST_BYTES)
@@ -86,6 +95,8 @@ def read(path: Path) -> CheckpointManifest:
             )
         manifest = CheckpointManifest.model_validate_json(content)
     except (OSError, ValueError, RecursionError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
+        if isinstance(error, OSError):
+            _raise_unreadable(path, error)
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_fault(error)}"
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest != manifest.sealed(manifest.files):
@@ -99,20 +110,36 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
     Args:
         part, parts: of the files only each `parts`-th, from `part` on: ranks share the work.
     Raises:
-        UserError: naming what is missing or differs.
+        UserError: naming what is missing or differs. UnreadableError.
     """
     manifest = read(path)
     if INDEX not in manifest.files:
         raise UserError(f"{path}: not a checkpoint, its manifest names no {INDEX}")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
-        file = path / name
-        if (status := lstat_regular(path, name)) is None:
-            raise UserError(f"{file} is missing")
-        if status.st_size != size:
-            raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
-        if (_checksum_on_store(file, size) if on_store(file) else sha256(file)) != checksum:
-            raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+        try:
+            _check_file(path, name, size, checksum)
+        except OSError as error:
+            _raise_unreadable(path, error)
+            raise
     return manifest
+
+
+def _check_file(path: Path, name: str, size: int, checksum: str) -> None:
+    file = path / name
+    if (status := lstat_regular(path, name)) is None:
+        raise UserError(f"{file} is missing")
+    if status.st_size != size:
+        raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
+    if (_checksum_on_store(file, size) if on_store(file) else sha256(file)) != checksum:
+        raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+
+
+def _raise_unreadable(path: Path, error: OSError) -> None:
+    """Raises UnreadableError, unless the error says that a file is damaged or missing."""
+    if error.errno not in DAMAGE:
+        raise UnreadableError(
+            f"{path}: cannot be read now: {error.strerror}. Run the same command again once it can be."
+        ) from None
 
 
 def _checksum_on_store(file: Path, size: int) -> str:
