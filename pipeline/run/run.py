@@ -194,7 +194,7 @@ class Run:
     def drop_lines_after(self, step: int) -> None:
         """Drops what training has written of later steps: a run that goes on from this one writes it again."""
         if self.outbox:
-            self.outbox.flush()
+            self.outbox.flush(only_lines=True)
         for lines in (self.train_metrics, self.progressive, self.search_metrics):
             keep_lines(lines, step)
         if self.outbox:
