@@ -13,7 +13,7 @@ from store_fixtures import FaultProxy
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import manifest, rows
+from pipeline.run.checkpoint import manifest, rows, writer
 from pipeline.run.run import LostRunError, Run
 from pipeline.storage import object_files
 from pipeline.storage.store_path import StorePath, files_below
@@ -228,3 +228,23 @@ def test_a_store_that_does_not_answer_or_refuses_leaves_no_whole_checkpoint_behi
                     data.parent.joinpath("manifest.json").write_bytes(b"{")
                     with pytest.raises(UserError, match="cannot be read now"):
                         call()
+
+
+def test_files_of_a_writer_that_was_taken_for_dead_come_late_and_change_nothing(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = writer._write
+
+    def among_others(folder: StorePath, *arguments: Any) -> Any:
+        for name in ("rank-00000-aaaaaaaaaaaa.bin", "tensors.json", "tensors-aaaaaaaaaaaa.json"):
+            (folder / name).write_bytes(b"late")
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(writer, "_write", among_others)
+    path = checkpoint.save(memory, SMALL, MANIFEST)
+    files = checkpoint.check(path).files
+    assert {*names(path)} == {*files, "manifest.json"}
+    (path / "tensors.json").write_bytes(b"later still")
+    loaded = state()
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded["model"]["ids"], torch.arange(40))

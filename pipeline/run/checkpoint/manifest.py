@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ from pipeline.storage.store_path import on_store
 
 VERSION = 3  # of up to 2, the index was a pickle
 MAX_MANIFEST_BYTES = 64 << 20
-INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
+INDEX = "tensors.json"  # see pipeline.run.checkpoint.index; on a store the name has a suffix of its writer's own
 CHECKED_BYTES = 64 << 20  # of a file on a store that are read at once, while those before them are checked
 
 # Files lie in the checkpoint's own folder.
@@ -104,6 +105,11 @@ def read(path: Path) -> CheckpointManifest:
     return manifest
 
 
+def index_of(manifest: CheckpointManifest) -> str:
+    """The name of a checkpoint's index."""
+    return next((name for name in manifest.files if re.fullmatch(r"tensors-[0-9a-f]{12}\.json", name)), INDEX)
+
+
 def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
     """Reads a checkpoint's manifest and compares every file with it.
 
@@ -113,7 +119,7 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
         UserError: naming what is missing or differs. UnreadableError.
     """
     manifest = read(path)
-    if INDEX not in manifest.files:
+    if index_of(manifest) not in manifest.files:
         raise UserError(f"{path}: not a checkpoint, its manifest names no {INDEX}")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
         try:
