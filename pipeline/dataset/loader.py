@@ -43,7 +43,7 @@ MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
 class StoreGoneError(UserError):
-    """The store that a dataset lies on has not answered for longer than it may."""
+    """The store that a dataset lies on has not answered for longer than it may, or refuses, as once a token has expired."""
 
 
 @dataclass
@@ -346,9 +346,10 @@ class Loader:
         try:
             table = self._table(group, ahead)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-            if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            if self.stored and isinstance(error, OSError) and error.errno in (errno.ETIMEDOUT, errno.EACCES):
+                until = "it does" if error.errno == errno.ETIMEDOUT else "its credentials are renewed"
                 raise StoreGoneError(
-                    f"{self.dataset.path / path}: {error.strerror}. The same command resumes once it does."
+                    f"{self.dataset.path / path}: {error.strerror}. The same command resumes once {until}."
                 ) from None
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none

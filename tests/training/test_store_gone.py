@@ -30,12 +30,12 @@ def test_a_store_that_stays_away_ends_a_run_with_a_checkpoint_from_which_it_goes
             (memory / file.relative_to(data).as_posix()).write_bytes(file.read_bytes())
     wanted = last(run(data, tmp_path / "local"))
     system = type(memory.system)
-    cat_file, left = system.cat_file, [1 << 30]
+    cat_file, left, why = system.cat_file, [1 << 30], [OSError(errno.EIO, "gone")]
 
     def failing(self: Any, path: str, *arguments: Any, **named: Any) -> bytes:
         left[0] -= path.endswith(".parquet")
         if left[0] < 0 and path.endswith(".parquet"):
-            raise OSError(errno.EIO, "gone")
+            raise why[0]
         return cat_file(self, path, *arguments, **named)
 
     monkeypatch.setattr(system, "cat_file", failing)
@@ -46,5 +46,11 @@ def test_a_store_that_stays_away_ends_a_run_with_a_checkpoint_from_which_it_goes
     assert "\n" not in str(error.value)
     [step] = checkpoint.steps(tmp_path / "run" / "checkpoints")
     assert 0 < step < 50
+    left[0], why[0] = 30, PermissionError("the token has expired")
+    with pytest.raises(
+        Preempted, match=r"memory://.*refuses: the token has expired.*credentials are renewed. Saved .*"
+    ):
+        run(memory, tmp_path / "run", read_ahead_bytes=1 << 20)
+    assert step < checkpoint.steps(tmp_path / "run" / "checkpoints")[-1] < 50
     left[0] = 1 << 30
     assert_identical(last(run(memory, tmp_path / "run")), wanted)
