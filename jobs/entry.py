@@ -131,8 +131,8 @@ def user_errors() -> Iterator[None]:
             )
         if error.errno == errno.EACCES and "://" in str(error.filename):
             line = (
-                f"error: {printable(str(error.filename))[:300]}: {printable(str(error.strerror))}. Check the credentials in the "
-                "environment or in the store's own configuration; what was committed is kept: run the same command again."
+                f"error: {printable(str(error.filename))[:300]}: {printable(str(error.strerror))}. Check the credentials in "
+                "the environment or the store's own configuration; what was committed is kept: run the same command again."
             )
             write_rank_status("failed", line)
             sys.exit(line)

@@ -248,3 +248,35 @@ def test_files_of_a_writer_that_was_taken_for_dead_come_late_and_change_nothing(
     loaded = state()
     checkpoint.load(path, loaded)
     assert torch.equal(loaded["model"]["ids"], torch.arange(40))
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3: StorePath) -> None:
+    run = Run(StorePath("s3://no-such-bucket/run"))
+    for lock in (lambda: run.lock("train", "another trainer writes to it"), lambda: run.wait_for_lock("eval")):
+        with pytest.raises(UserError, match=r"s3://no-such-bucket does not exist"):
+            lock()
+
+
+def test_uploads_that_were_left_are_dropped_page_by_page_whatever_the_connection_does(
+    s3: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import ConnectionClosedError
+
+    call, left, failures = s3.system.call_s3, [f"u{number}" for number in range(5)], [1, 1, 1]
+
+    def paged(self: Any, name: str, **named: Any) -> Any:
+        if name == "abort_multipart_upload":
+            if failures:
+                failures.pop()
+                raise ConnectionClosedError(endpoint_url="http://here")
+            return left.remove(named["UploadId"])
+        if name != "list_multipart_uploads":
+            return call(name, **named)
+        found = [upload for upload in left if upload > named.get("UploadIdMarker", "")]
+        page = [{"Key": "k", "UploadId": upload} for upload in found[:2]]
+        last = page[-1]["UploadId"] if page else ""
+        return {"Uploads": page, "IsTruncated": len(found) > 2, "NextKeyMarker": "k", "NextUploadIdMarker": last}
+
+    monkeypatch.setattr(type(s3.system), "call_s3", paged)
+    checkpoint.tidy(s3)
+    assert left == []
