@@ -49,7 +49,7 @@ def test_a_store_that_stays_away_ends_a_run_with_a_checkpoint_from_which_it_goes
     assert "\n" not in str(error.value)
     [step] = checkpoint.steps(tmp_path / "run" / "checkpoints")
     assert 0 < step < 50
-    left[0], why[0] = 45, PermissionError("the token has expired")
+    left[0], why[0] = 32, PermissionError("the token has expired")
     with pytest.raises(
         Preempted, match=r"memory://.*refuses: the token has expired.*credentials are renewed. Saved .*"
     ):
