@@ -188,6 +188,11 @@ class Run:
         else:
             append_line(file, record)
 
+    def flush(self) -> None:
+        """Puts the lines that `append` has kept for later. Raises OSError."""
+        if self.outbox:
+            self.outbox.flush(only_lines=True)
+
     def status(self) -> Status | None:
         """The last heartbeat, None before the first. Raises UserError for a damaged one."""
         try:
@@ -198,8 +203,7 @@ class Run:
 
     def drop_lines_after(self, step: int) -> None:
         """Drops what training has written of later steps: a run that goes on from this one writes it again."""
-        if self.outbox:
-            self.outbox.flush(only_lines=True)
+        self.flush()
         for lines in (self.train_metrics, self.progressive, self.search_metrics):
             keep_lines(lines, step)
         if self.outbox:
