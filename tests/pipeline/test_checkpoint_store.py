@@ -280,3 +280,32 @@ def test_uploads_that_were_left_are_dropped_page_by_page_whatever_the_connection
     monkeypatch.setattr(type(s3.system), "call_s3", paged)
     checkpoint.tidy(s3)
     assert left == []
+
+
+def test_checkpoints_are_listed_in_one_question_however_many_there_are(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 9):
+        (checkpoint.folder(memory, step) / "manifest.json").write_bytes(b"{}")
+    for beside in ("step-00000009/rank.bin", "other/manifest.json", "step-00000010/deep/manifest.json"):
+        (memory / beside).write_bytes(b"{}")
+    asked: list[str] = []
+    for name in ("find", "ls", "info", "exists"):
+        call = getattr(type(memory.system), name)
+        monkeypatch.setattr(
+            type(memory.system), name, lambda *a, call=call, name=name, **k: (asked.append(name), call(*a, **k))[1]
+        )
+    assert checkpoint.steps(memory) == list(range(1, 9))
+    assert asked.count("info") + asked.count("exists") < 8
+    assert asked.count("find") == 1
+
+
+def test_a_line_on_a_store_can_be_read_after_a_flush(memory: StorePath) -> None:
+    from pipeline.run.outbox import Outbox
+
+    run = Run(memory / "run")
+    run.outbox = Outbox()
+    run.append(run.search_metrics, {"step": 1})
+    run.flush()
+    assert run.search_metrics.read_bytes() == b'{"step": 1}\n'
+    run.outbox.close()

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,6 +17,7 @@ from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
 from pipeline.storage.ranges import read_ranges
 from pipeline.storage.store_path import on_store
+from pipeline.storage.versions import versions_below
 
 VERSION = 3  # of up to 2, the index was a pickle
 MAX_MANIFEST_BYTES = 64 << 20
@@ -165,7 +167,12 @@ def _checksum_on_store(file: Path, size: int) -> str:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
-    found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
+    found: Iterable[Path]
+    if on_store(checkpoints):  # one listing, not a question a checkpoint
+        found = {file.parent for file in versions_below(checkpoints) if file.name == "manifest.json"}
+        found = [path for path in found if path.parent == checkpoints and path.name.startswith("step-")]
+    else:
+        found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
 
 
