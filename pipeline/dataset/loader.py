@@ -85,7 +85,6 @@ class Loader:
         device: which batches are for; those for a GPU are in page-locked memory.
         reading: of a dataset on a store; each decoding process reads by itself.
     Attributes:
-        waited: seconds for which decoding has waited for a store, of the epochs that have ended.
         gone: set HELD_BACK batches before `batches` raises it: while all ranks still have some, they can agree to save.
         on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
@@ -137,7 +136,6 @@ class Loader:
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self.stored = None if mounted(dataset.path) else StoredGroups(dataset, self.read_columns, reading)
-        self.waited = 0.0
         self.gone: StoreGoneError | None = None
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
@@ -227,7 +225,6 @@ class Loader:
             yield ahead
         finally:
             ahead.close()
-            self.waited += ahead.waited
 
     def _fetch(self, group: int) -> Fetched:
         assert self.stored is not None
