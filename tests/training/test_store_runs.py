@@ -103,6 +103,7 @@ def test_a_run_and_its_dataset_on_a_store_give_the_same_weights_and_lines_and_no
     assert "init_from: s3://" in (s3 / "warm" / "config.yaml").read_text()
 
 
+@pytest.mark.system
 def test_ranks_of_a_run_on_a_store_are_killed_and_go_on_at_once_and_on_another_number_of_ranks(
     tmp_path: Path, s3: StorePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
