@@ -129,6 +129,13 @@ def user_errors() -> Iterator[None]:
                 f"error: {error.filename or 'a file'}: {error.strerror}. Choose another folder for what this job writes; "
                 "on Kubernetes one below /runs, for preprocess also below /data."
             )
+        if error.errno == errno.EACCES and "://" in str(error.filename):
+            line = (
+                f"error: {printable(str(error.filename))[:300]}: {printable(str(error.strerror))}. Check the credentials in "
+                "the environment or the store's own configuration; what was committed is kept: run the same command again."
+            )
+            write_rank_status("failed", line)
+            sys.exit(line)
         if error.errno in FILE_ERRNOS and error.filename is not None:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."

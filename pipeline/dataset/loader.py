@@ -43,7 +43,7 @@ MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
 class StoreGoneError(UserError):
-    """The store that a dataset lies on has not answered for longer than it may."""
+    """The store that a dataset lies on has not answered for longer than it may, or refuses, as once a token has expired."""
 
 
 @dataclass
@@ -85,7 +85,6 @@ class Loader:
         device: which batches are for; those for a GPU are in page-locked memory.
         reading: of a dataset on a store; each decoding process reads by itself.
     Attributes:
-        waited: seconds for which decoding has waited for a store, of the epochs that have ended.
         gone: set HELD_BACK batches before `batches` raises it: while all ranks still have some, they can agree to save.
         on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
@@ -137,7 +136,6 @@ class Loader:
         self.read_columns = [*self.schema.columns, *(f"label.{t}" for t in self.schema.tasks), "weight", "row_id"]
         self.read_columns = [*dict.fromkeys((*self.read_columns, *(keys.columns if keys else ())))]
         self.stored = None if mounted(dataset.path) else StoredGroups(dataset, self.read_columns, reading)
-        self.waited = 0.0
         self.gone: StoreGoneError | None = None
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
         self._reading = threading.Lock()  # two threads that read one ParquetFile crash the process
@@ -227,7 +225,6 @@ class Loader:
             yield ahead
         finally:
             ahead.close()
-            self.waited += ahead.waited
 
     def _fetch(self, group: int) -> Fetched:
         assert self.stored is not None
@@ -346,9 +343,10 @@ class Loader:
         try:
             table = self._table(group, ahead)
         except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-            if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+            if self.stored and isinstance(error, OSError) and error.errno in (errno.ETIMEDOUT, errno.EACCES):
+                until = "it does" if error.errno == errno.ETIMEDOUT else "its credentials are renewed"
                 raise StoreGoneError(
-                    f"{self.dataset.path / path}: {error.strerror}. The same command resumes once it does."
+                    f"{self.dataset.path / path}: {error.strerror}. The same command resumes once {until}."
                 ) from None
             what = f"{self.dataset.path / path}, row group {index}: cannot be read ({one_line(error)})"
             gone = isinstance(error, OSError) and error.errno is not None  # Arrow's own have none

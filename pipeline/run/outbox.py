@@ -1,9 +1,11 @@
 """Small files of a run on a store, put by a thread: training does not wait for a store that is slow or away."""
 
+import errno
 import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +48,52 @@ class Outbox:
         line = json_text(record).encode() + b"\n"
         with self.guard:
             self.lines[path] += line
-            self.changed[path] = lambda: bytes(self.lines[path])
+            self.changed[path] = partial(self._copy_of, self.lines[path])
 
     def reload(self) -> None:
         """Forgets the lines of files, which others have changed since the last `flush`."""
         with self.guard:
             self.lines.clear()
 
-    def flush(self) -> None:
-        """Puts what has changed. Raises OSError where the store does not take it, which is tried again later."""
+    def _copy_of(self, lines: bytearray) -> bytes:
+        with self.guard:
+            return bytes(lines)
+
+    def flush(self, only_lines: bool = False) -> None:
+        """Puts what has changed, or of it only files of lines. Raises OSError where one cannot be, which is tried again later.
+
+        One whose content cannot be had, as a file of a full disk, keeps none of the others back.
+        """
         with self.putting:
-            while not self.lost():
+            with self.guard:
+                due = [path for path in self.changed if not only_lines or path in self.lines]
+            failed: OSError | None = None
+            for path in due:
+                if self.lost():
+                    return
                 with self.guard:
-                    if not self.changed:
-                        return
-                    path, content = next(iter(self.changed.items()))
-                    current = content()
-                    del self.changed[path]
+                    content = self.changed.pop(path, None)
+                if content is None:  # forgotten meanwhile
+                    continue
                 try:
-                    storage_of(path).write(path, current)
+                    failed = self._put(path, content) or failed
                 except BaseException:
                     with self.guard:
                         self.changed.setdefault(path, content)
                     raise
+            if failed:
+                raise failed
+
+    def _put(self, path: Path, content: Callable[[], bytes]) -> OSError | None:
+        """Writes a file, and returns why its content is not there. Raises OSError of the store."""
+        try:
+            current = content()
+        except Exception as error:  # of a sink's library: it must end neither the thread nor training
+            with self.guard:
+                self.changed.setdefault(path, content)
+            return error if isinstance(error, OSError) else OSError(errno.EIO, one_line(error), str(path))
+        storage_of(path).write(path, current)
+        return None
 
     def close(self) -> bool:
         """Ends the thread and puts what is left; whether all of it could be."""

@@ -54,10 +54,10 @@ class Owner:
 
     def before_commit(self) -> None:
         """Called before a checkpoint is one: the lines of the steps before it come first. Raises LostRunError, OSError."""
-        self.lost()
-        self.check()
         if self.run.outbox:
-            self.run.outbox.flush()
+            self.run.outbox.flush(only_lines=True)
+        self.lost()  # after the flush, which may have taken long
+        self.check()
 
     def committed(self, step: int, seconds: float) -> None:
         """What follows a checkpoint that is on disk; called in the thread that wrote it."""

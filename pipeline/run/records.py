@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, FiniteFloat, ValidationError, field_valid
 from features.errors import UserError
 from features.plain_json import first_fault
 from pipeline.run import checkpoint
+from pipeline.run.checkpoint.manifest import UnreadableError
 from pipeline.run.run import Run
 from pipeline.storage.files import append_line, json_text, read_lines, write_text
 from pipeline.storage.local import remove_leftovers
@@ -168,9 +169,15 @@ def _identity(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def checksum(run: Run, step: int) -> str:
-    """The checksum of a step's checkpoint as it is now, by which a record names it; empty where it cannot be read."""
+    """The checksum of a step's checkpoint as it is now, by which a record names it; empty where it is damaged or missing.
+
+    Raises:
+        UnreadableError: its store does not answer.
+    """
     try:
         return checkpoint.read(checkpoint.folder(run.checkpoints, step)).checksum
+    except UnreadableError:
+        raise
     except UserError:
         return ""
 

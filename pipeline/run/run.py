@@ -144,7 +144,7 @@ class Run:
         return lock
 
     def try_lock(self, name: str) -> Lock | None:
-        """As `lock`; None where another process has it, or has just removed its file."""
+        """As `lock`; None where another process has it, or has just removed its file. Raises UserError as `_lock`."""
         try:
             return self._lock(name, wait=False)
         except (BlockingIOError, FileNotFoundError):
@@ -157,10 +157,15 @@ class Run:
                 return self._lock(name, wait=True)
 
     def _lock(self, name: str, wait: bool) -> Lock:
+        """Raises FileNotFoundError where the file was just removed; UserError where a store has no such bucket."""
         file = self.lock_file(name)
-        make_folder(file.parent)
-        with user_error_for_links(file):
-            return storage_of(file).lock(file, wait=wait, create=True)
+        try:
+            make_folder(file.parent)
+            with user_error_for_links(file):
+                return storage_of(file).lock(file, wait=wait, create=True)
+        except FileNotFoundError:
+            _check_bucket(file)
+            raise
 
     def lock_file(self, name: str) -> Path:
         """The file that is locked; whoever holds the lock may remove it."""
@@ -183,6 +188,11 @@ class Run:
         else:
             append_line(file, record)
 
+    def flush(self) -> None:
+        """Puts the lines that `append` has kept for later. Raises OSError."""
+        if self.outbox:
+            self.outbox.flush(only_lines=True)
+
     def status(self) -> Status | None:
         """The last heartbeat, None before the first. Raises UserError for a damaged one."""
         try:
@@ -193,8 +203,7 @@ class Run:
 
     def drop_lines_after(self, step: int) -> None:
         """Drops what training has written of later steps: a run that goes on from this one writes it again."""
-        if self.outbox:
-            self.outbox.flush()
+        self.flush()
         for lines in (self.train_metrics, self.progressive, self.search_metrics):
             keep_lines(lines, step)
         if self.outbox:
@@ -209,6 +218,15 @@ class Run:
     def starts(self) -> list[Start]:
         """When ranks have begun to train, and why each time, the first one first. Raises UserError for a damaged line."""
         return [validated(Start, line, self.restarts) for line in read_lines(self.restarts)]
+
+
+def _check_bucket(file: Path) -> None:
+    """Raises UserError where a file is on a store that has no such bucket, which is more than that it has no such file."""
+    try:
+        file.exists()
+    except FileNotFoundError:
+        bucket = "/".join(str(file).split("/")[:3])
+        raise UserError(f"{file}: {bucket} does not exist. Make it, or choose another place.") from None
 
 
 def config_hash(config: Any) -> str:

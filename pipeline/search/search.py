@@ -23,7 +23,7 @@ from pipeline.search.config import Budget, SearchConfig
 from pipeline.search.cost import budget_of, cost_of, derived_model
 from pipeline.search.learner import SearchLearner, encode
 from pipeline.search.record import SearchRecord
-from pipeline.storage.files import append_line, make_folder, write_text
+from pipeline.storage.files import make_folder, write_text
 from pipeline.training.architecture_file import FILE
 from pipeline.training.loading import loader_of
 from pipeline.training.step import StepOutput
@@ -155,7 +155,7 @@ class SearchTrainer(Trainer):
         )  # fmt: skip
         learner.loss_sum_2.zero_()
         if self.rank == 0:
-            append_line(self.run.search_metrics, line.model_dump(mode="json"))
+            self.run.append(self.run.search_metrics, line.model_dump(mode="json"))
             loss = f"valid loss {line.valid_loss:.4f}  " if line.valid_loss is not None else ""
             self.log(
                 f"step {line.step:,}/{self.steps:,}  {loss}entropy alpha {alpha:.3f} beta {beta:.3f}  {found.summary()}"

@@ -2,13 +2,18 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
 
 import torch
+import torch.distributed as dist
 
+from features.batch import Batch
 from features.schema.schema import Split
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.decoding import processes_of
-from pipeline.dataset.loader import Loader
+from pipeline.dataset.loader import Loader, Position, StoreGoneError
 from pipeline.dataset.read_ahead import Reading
 from pipeline.dataset.shards import table_sizes
 from pipeline.training.config import Settings
@@ -41,3 +46,39 @@ def loader_of(
             "More need train.lanes, of a new run."
         )
     return loader
+
+
+def agreed(
+    loader: Loader, position: Position, count: int, group: dist.ProcessGroup | None, stop: Callable[[], None]
+) -> Iterator[Batch]:
+    """The next `count` batches, the first of them once every rank has its own.
+
+    Args:
+        group: as `why_gone`. stop: called on every rank, between two steps, where one cannot have its first batch.
+    """
+    batches = islice(loader.batches(position), count)
+    if loader.stored is None:
+        yield from batches
+        return
+    first = None
+    with suppress(StoreGoneError):  # which `loader.gone` is
+        first = next(batches, None)
+    if why_gone(loader, group):
+        stop()
+    if first is not None:
+        yield first
+        yield from batches
+
+
+def why_gone(loader: Loader, group: dist.ProcessGroup | None) -> str | None:
+    """Why some rank cannot read the dataset, None where all can. Every rank calls it.
+
+    Args:
+        group: a CPU process group of all ranks; None for a single rank.
+    """
+    ours = str(loader.gone) if loader.gone else None
+    if group is None:
+        return ours
+    found = [ours] * dist.get_world_size(group)
+    dist.all_gather_object(found, ours, group=group)
+    return next((why for why in found if why), None)

@@ -94,5 +94,9 @@ def prepare(
         config = resolved(emm_sources.resolve(config, dataset, pinned))
         config = config.model_copy(update={"train": resume.as_begun(config.train, Run(config.run))})
         trainer = kind(config, dataset, device, observers)
-        trainer.restore(whole.schema, pinned)
+        try:
+            trainer.restore(whole.schema, pinned)
+        except BaseException:
+            trainer.owner.close()  # whoever goes on in this process may train the run again
+            raise
     return trainer

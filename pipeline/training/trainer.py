@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from pipeline.training.faults.preemption import PreemptionSignal
 from pipeline.training.faults.rank_status import nodes, nodes_wait, restart_reason
 from pipeline.training.faults.rollback import Rollbacks
 from pipeline.training.learner import Learner, build_learner
-from pipeline.training.loading import loader_of
+from pipeline.training.loading import agreed, loader_of, why_gone
 from pipeline.training.logging.meter import ThroughputMeter
 from pipeline.training.logging.metrics_writer import MetricsWriter, tracked
 from pipeline.training.logging.progressive import ProgressiveMetrics
@@ -192,7 +191,7 @@ class Trainer:
             self.owner.check()
         if log_due:
             self.write_metrics()
-        if save_due or verdict.stop:
+        if save_due:
             self.save()
         if verdict.stop and not last:
             self.stop()
@@ -326,15 +325,16 @@ class Trainer:
 
     def stop(self) -> None:
         """Ends a run that is preempted, or whose dataset's store is gone. Raises Preempted once its checkpoint is on disk."""
+        if self.state.saved < self.state.step:
+            self.save()
         self.finish_writing()
         if self.metrics:
             self.metrics.close()
             self.run.write_status("preempted", self.state.step, self.steps)
         path = checkpoint.folder(self.run.checkpoints, self.state.step)
-        if self.loader.gone:
-            raise Preempted(f"{self.loader.gone} Saved {path}.")
+        gone = why_gone(self.loader, self.consensus.group)
         why = "SIGTERM" if self.preemption.received else "another rank ends"
-        raise Preempted(f"{why}: saved {path}. Rerun the same command to resume.")
+        raise Preempted(f"{gone} Saved {path}." if gone else f"{why}: saved {path}. Rerun the same command to resume.")
 
     def let_nodes_join(self) -> None:
         """Once the checkpoint is on disk, waits for the launcher to end this rank; at the next one if it cannot be written."""
@@ -385,7 +385,7 @@ class Trainer:
 
     def _batches(self, count: int) -> Iterator[Batch]:
         """The next batches; the watch knows when they are waited for, and the meter how long."""
-        batches = self.meter.timed(islice(self.loader.batches(self.state.position), count))
+        batches = self.meter.timed(agreed(self.loader, self.state.position, count, self.consensus.group, self.stop))
         while True:
             self._enter("data")
             batch = next(batches, None)

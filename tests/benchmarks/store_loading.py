@@ -34,7 +34,7 @@ from s3_server import S3Server  # noqa: E402
 
 from pipeline.dataset.dataset import Dataset  # noqa: E402
 from pipeline.dataset.loader import Loader  # noqa: E402
-from pipeline.dataset.read_ahead import Reading  # noqa: E402
+from pipeline.dataset.read_ahead import ReadAhead, Reading  # noqa: E402
 from pipeline.storage.store_path import place  # noqa: E402
 
 BATCH, LANES, WINDOW = 8192, 8, 16384
@@ -61,15 +61,28 @@ def server(folder: Path) -> Iterator[psutil.Process]:
         started.kill()
 
 
-def loader(dataset: Dataset, workers: int, reading: Reading) -> Loader:
+class TimedLoader(Loader):
+    """A loader that adds up for how long its decoding waits for the store, of epochs that have ended; 0 with processes."""
+
+    waited = 0.0
+
+    @contextmanager
+    def reading_ahead(self, order: Iterator[int]) -> Iterator[ReadAhead | None]:
+        """As of a loader."""
+        with super().reading_ahead(order) as ahead:
+            yield ahead
+        self.waited += ahead.waited if ahead else 0.0
+
+
+def loader(dataset: Dataset, workers: int, reading: Reading) -> TimedLoader:
     """As a trainer's of one rank, ids compared with their tables too."""
     table_sizes: dict[str, int | None] = dict.fromkeys(dataset.schema.sparse, TABLE_ROWS)
-    return Loader(
+    return TimedLoader(
         dataset, "train", BATCH, LANES, window=WINDOW, table_sizes=table_sizes, workers=workers, reading=reading
     )
 
 
-def read(made: Loader, epoch: int, process: psutil.Process) -> Read:
+def read(made: TimedLoader, epoch: int, process: psutil.Process) -> Read:
     """An epoch of batches."""
     before, waited = sum(process.cpu_times()[:2]), made.waited
     begin, cpu = time.perf_counter(), cpu_seconds(made)[1]

@@ -29,3 +29,12 @@ def test_a_thread_that_meets_a_full_disk_prints_no_traceback(
     thread.start()
     thread.join()
     assert ("Traceback" in capfd.readouterr().err) is printed
+
+
+def test_a_store_that_refuses_is_one_line_about_credentials() -> None:
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise PermissionError(errno.EACCES, "the store refuses: Unable to locate credentials", "s3://bucket/data")
+    assert str(stop.value.code).startswith(
+        "error: s3://bucket/data: the store refuses: Unable to locate credentials. Check"
+    )
+    assert "another file" not in str(stop.value.code)

@@ -1,6 +1,7 @@
 """Checkpoints on an S3 server: the numbers of one on disk, in bounded memory, and whole or not there whatever happens."""
 
 import tracemalloc
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from store_fixtures import FaultProxy
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import manifest, rows
+from pipeline.run.checkpoint import manifest, rows, writer
 from pipeline.run.run import LostRunError, Run
 from pipeline.storage import object_files
 from pipeline.storage.store_path import StorePath, files_below
@@ -195,3 +196,116 @@ def test_pruning_keeps_the_best_the_pinned_and_the_newest_and_leaves_no_file_of_
     retention.prune(run, retention.Keep(last=1, best="valid"), "/data", 6)
     assert checkpoint.steps(run.checkpoints) == [2, 6]
     assert {name.partition("/")[0] for name in names(run.checkpoints)} == {"step-00000002", "step-00000006"}
+
+
+def test_a_store_that_does_not_answer_or_refuses_leaves_no_whole_checkpoint_behind(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.run import records
+    from pipeline.training.restore import resume
+
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.1")
+    run, system = Run(memory / "run"), type(memory.system)
+    for step in (3, 4, 5):
+        checkpoint.save(run.checkpoints, SMALL, MANIFEST.model_copy(update={"step": step}))
+    data = next(file for file in files_below(checkpoint.folder(run.checkpoints, 5)) if file.suffix == ".bin")
+    data.write_bytes(b"\1" + data.read_bytes()[1:])
+    assert resume.newest(run) == checkpoint.folder(run.checkpoints, 4)  # a damaged one is passed over
+    cat_file = system.cat_file
+    for error, name in product((TimeoutError("away"), PermissionError("expired")), ("manifest.json", ".bin")):
+
+        def failing(self: Any, path: str, *rest: Any, error: Any = error, name: str = name, **named: Any) -> bytes:
+            if "step-00000004" in path and path.endswith(name):
+                raise error
+            return cat_file(self, path, *rest, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(system, "cat_file", failing)
+            with pytest.raises(UserError, match=r"step-00000004: cannot be read now: .*(answered|refuses)"):
+                resume.newest(run)
+            if name == "manifest.json":
+                for call in (lambda: resume._order(run), lambda: records.checksum(run, 4)):
+                    data.parent.joinpath("manifest.json").write_bytes(b"{")
+                    with pytest.raises(UserError, match="cannot be read now"):
+                        call()
+
+
+def test_files_of_a_writer_that_was_taken_for_dead_come_late_and_change_nothing(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = writer._write
+
+    def among_others(folder: StorePath, *arguments: Any) -> Any:
+        for name in ("rank-00000-aaaaaaaaaaaa.bin", "tensors.json", "tensors-aaaaaaaaaaaa.json"):
+            (folder / name).write_bytes(b"late")
+        return write(folder, *arguments)
+
+    monkeypatch.setattr(writer, "_write", among_others)
+    path = checkpoint.save(memory, SMALL, MANIFEST)
+    files = checkpoint.check(path).files
+    assert {*names(path)} == {*files, "manifest.json"}
+    (path / "tensors.json").write_bytes(b"later still")
+    loaded = state()
+    checkpoint.load(path, loaded)
+    assert torch.equal(loaded["model"]["ids"], torch.arange(40))
+
+
+def test_a_bucket_that_does_not_exist_is_named(s3: StorePath) -> None:
+    run = Run(StorePath("s3://no-such-bucket/run"))
+    for lock in (lambda: run.lock("train", "another trainer writes to it"), lambda: run.wait_for_lock("eval")):
+        with pytest.raises(UserError, match=r"s3://no-such-bucket does not exist"):
+            lock()
+
+
+def test_uploads_that_were_left_are_dropped_page_by_page_whatever_the_connection_does(
+    s3: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import ConnectionClosedError
+
+    call, left, failures = s3.system.call_s3, [f"u{number}" for number in range(5)], [1, 1, 1]
+
+    def paged(self: Any, name: str, **named: Any) -> Any:
+        if name == "abort_multipart_upload":
+            if failures:
+                failures.pop()
+                raise ConnectionClosedError(endpoint_url="http://here")
+            return left.remove(named["UploadId"])
+        if name != "list_multipart_uploads":
+            return call(name, **named)
+        found = [upload for upload in left if upload > named.get("UploadIdMarker", "")]
+        page = [{"Key": "k", "UploadId": upload} for upload in found[:2]]
+        last = page[-1]["UploadId"] if page else ""
+        return {"Uploads": page, "IsTruncated": len(found) > 2, "NextKeyMarker": "k", "NextUploadIdMarker": last}
+
+    monkeypatch.setattr(type(s3.system), "call_s3", paged)
+    checkpoint.tidy(s3)
+    assert left == []
+
+
+def test_checkpoints_are_listed_in_one_question_however_many_there_are(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 9):
+        (checkpoint.folder(memory, step) / "manifest.json").write_bytes(b"{}")
+    for beside in ("step-00000009/rank.bin", "other/manifest.json", "step-00000010/deep/manifest.json"):
+        (memory / beside).write_bytes(b"{}")
+    asked: list[str] = []
+    for name in ("find", "ls", "info", "exists"):
+        call = getattr(type(memory.system), name)
+        monkeypatch.setattr(
+            type(memory.system), name, lambda *a, call=call, name=name, **k: (asked.append(name), call(*a, **k))[1]
+        )
+    assert checkpoint.steps(memory) == list(range(1, 9))
+    assert asked.count("info") + asked.count("exists") < 8
+    assert asked.count("find") == 1
+
+
+def test_a_line_on_a_store_can_be_read_after_a_flush(memory: StorePath) -> None:
+    from pipeline.run.outbox import Outbox
+
+    run = Run(memory / "run")
+    run.outbox = Outbox()
+    run.append(run.search_metrics, {"step": 1})
+    run.flush()
+    assert run.search_metrics.read_bytes() == b'{"step": 1}\n'
+    run.outbox.close()

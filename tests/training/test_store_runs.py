@@ -1,5 +1,6 @@
 """Runs on an S3 server: the weights and lines of those on disk, whatever becomes of the server, the ranks or the lease."""
 
+import errno
 import json
 import threading
 from pathlib import Path
@@ -16,7 +17,10 @@ from features.errors import Preempted, UserError
 from pipeline.run import checkpoint, outbox
 from pipeline.run.checkpoint import writer
 from pipeline.run.outbox import Outbox
+from pipeline.run.owner import Owner
+from pipeline.run.retention import Keep
 from pipeline.run.run import LostRunError, Run
+from pipeline.run.tracking.registry import Sinks
 from pipeline.storage import lease, objects
 from pipeline.storage.files import read_lines
 from pipeline.storage.store_path import StorePath, files_below
@@ -99,6 +103,7 @@ def test_a_run_and_its_dataset_on_a_store_give_the_same_weights_and_lines_and_no
     assert "init_from: s3://" in (s3 / "warm" / "config.yaml").read_text()
 
 
+@pytest.mark.system
 def test_ranks_of_a_run_on_a_store_are_killed_and_go_on_at_once_and_on_another_number_of_ranks(
     tmp_path: Path, s3: StorePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,3 +251,40 @@ def test_many_lines_are_few_puts_and_all_of_them_are_there(
     lost.append(file, {"step": 1002})
     assert lost.close()
     assert [line["step"] for line in read_lines(file)] == list(range(1002))
+
+
+def test_a_file_whose_content_cannot_be_had_keeps_neither_lines_nor_checkpoints_back(memory: StorePath) -> None:
+    def failing(error: Exception) -> bytes:
+        assert not box.guard.locked()  # a line is added without waiting for TensorBoard
+        raise error
+
+    run, box = Run(memory / "run"), Outbox()
+    box.put(memory / "events", lambda: failing(OSError(errno.ENOSPC, "No space left on device", "events")))
+    box.put(memory / "others", lambda: failing(ValueError("closed")))
+    box.append(memory / "train.jsonl", {"step": 1})
+    with pytest.raises(OSError, match=r"No space left|closed"):
+        box.flush()
+    assert (memory / "train.jsonl").read_bytes() == b'{"step": 1}\n'
+    box.append(memory / "train.jsonl", {"step": 2})
+    run.outbox = box
+    Owner(run, Keep(), "data", Sinks()).before_commit()
+    assert len((memory / "train.jsonl").read_bytes().splitlines()) == 2
+    box.put(memory / "events", lambda: b"whole")
+    box.put(memory / "others", lambda: b"whole")
+    assert box.close()
+    assert (memory / "others").read_bytes() == b"whole"
+
+
+def test_a_lease_that_is_lost_while_lines_are_put_commits_no_checkpoint(memory: StorePath) -> None:
+    run = Run(memory / "run")
+    owner = Owner(run, Keep(), "data", Sinks())
+    with lease.lease(memory / "lock") as held:
+
+        class Slow(Outbox):
+            def flush(self, only_lines: bool = False) -> None:
+                held.held.lost = True
+
+        run.outbox, owner.lock = Slow(), held
+        with pytest.raises(LostRunError, match="taken the run over"):
+            owner.before_commit()
+        run.outbox.ended.set()

@@ -161,7 +161,7 @@ def configuration(dataset: Path, run: Path, dropout: float = 0.0, resume: str = 
 def tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint under its full name, read without a process group."""
     checkpoint.check(path)
-    index = json.loads((path / "tensors.json").read_text())["tensors"]
+    index = json.loads(next(path.glob("tensors*.json")).read_text())["tensors"]
     return {name: from_parts(path, entry) for name, entry in index.items()}
 
 

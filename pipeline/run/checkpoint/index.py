@@ -16,7 +16,7 @@ from features.errors import UserError
 from features.plain_json import Count, first_fault
 from features.printable import printable
 from features.regular_files import lstat_regular, read_regular
-from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, FileName
+from pipeline.run.checkpoint.manifest import CheckpointManifest, FileName, index_of
 
 MAX_INDEX_BYTES = 256 << 20
 MAX_DIMENSIONS = 8
@@ -98,12 +98,13 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
     Raises:
         UserError: it is missing, is none, or names bytes that a file does not have.
     """
+    name_of_index = index_of(manifest)
     try:
-        index = Index.model_validate_json(read_regular(path, INDEX, MAX_INDEX_BYTES))
+        index = Index.model_validate_json(read_regular(path, name_of_index, MAX_INDEX_BYTES))
     except FileNotFoundError:
-        raise UserError(f"{path / INDEX} is missing") from None
+        raise UserError(f"{path / name_of_index} is missing") from None
     except (ValidationError, RecursionError) as error:
-        raise UserError(f"{path / INDEX} is not the index of a checkpoint: {first_fault(error)}") from None
+        raise UserError(f"{path / name_of_index} is not the index of a checkpoint: {first_fault(error)}") from None
     for file, (listed, _) in manifest.files.items():
         if (status := lstat_regular(path, file)) is None or status.st_size != listed:
             raise UserError(f"{path / file} is missing, or has another size than the manifest has. Restore it.")
@@ -113,13 +114,13 @@ def read_index(path: Path, manifest: CheckpointManifest) -> Index:
             size, _ = manifest.files.get(part.file, (None, ""))
             if size is None:
                 raise UserError(
-                    f"{path / INDEX}: {printable(name)} lies in {part.file}, which the manifest does not name"
+                    f"{path / name_of_index}: {printable(name)} lies in {part.file}, which the manifest does not name"
                 )
             length = volume(part.sizes) * entry.itemsize
             taken[part.file] += length
             if part.start % ALIGNMENT or part.start + length > size or taken[part.file] > size:
                 raise UserError(
-                    f"{path / INDEX}: {printable(name)} does not fit into the {size:,} bytes of {part.file}"
+                    f"{path / name_of_index}: {printable(name)} does not fit into the {size:,} bytes of {part.file}"
                 )
     return index
 

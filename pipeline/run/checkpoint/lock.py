@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from features.errors import UserError
-from pipeline.run.checkpoint.manifest import CheckpointManifest, check
+from pipeline.run.checkpoint.manifest import CheckpointManifest, check, folder, steps
 from pipeline.run.checkpoint.upload import abort_left
 from pipeline.storage.base import Lock
 from pipeline.storage.files import remove_tree, storage_of
@@ -65,7 +65,8 @@ def tidy(checkpoints: Path) -> None:
     for left in checkpoints.glob(".step-*"):
         discard(left)
     if on_store(checkpoints):
+        whole = {folder(checkpoints, step).name for step in steps(checkpoints)}
         for left in checkpoints.glob("step-*"):
-            if not (left / "manifest.json").exists():
+            if left.name not in whole:
                 discard(left)
         abort_left(checkpoints)

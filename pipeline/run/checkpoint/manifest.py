@@ -1,6 +1,9 @@
 """The manifest of a checkpoint, which is written last: its step, its position in the data, its files and checksums."""
 
+import errno
 import hashlib
+import re
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,14 +17,23 @@ from pipeline.run.run import config_hash
 from pipeline.storage.files import sha256
 from pipeline.storage.ranges import read_ranges
 from pipeline.storage.store_path import on_store
+from pipeline.storage.versions import versions_below
 
 VERSION = 3  # of up to 2, the index was a pickle
 MAX_MANIFEST_BYTES = 64 << 20
-INDEX = "tensors.json"  # see pipeline.run.checkpoint.index
+INDEX = "tensors.json"  # see pipeline.run.checkpoint.index; on a store the name has a suffix of its writer's own
 CHECKED_BYTES = 64 << 20  # of a file on a store that are read at once, while those before them are checked
 
 # Files lie in the checkpoint's own folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+
+
+# Errors that say what is wrong with a file. Others are of the moment, or of who asks: the file may be whole.
+DAMAGE = {None, errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+
+
+class UnreadableError(UserError):
+    """A checkpoint that cannot be read now, as while its store does not answer: nothing says that it is damaged."""
 
 
 class _Version(BaseModel):
@@ -74,7 +86,7 @@ def folder(checkpoints: Path, step: int) -> Path:
 
 
 def read(path: Path) -> CheckpointManifest:
-    """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version."""
+    """A checkpoint's manifest. Raises UserError if it is missing, damaged or of another version; UnreadableError."""
     refuse_link(path)
     try:
         content = read_regular(path, "manifest.json", MAX_MANIFEST_BYTES)
@@ -86,11 +98,18 @@ def read(path: Path) -> CheckpointManifest:
             )
         manifest = CheckpointManifest.model_validate_json(content)
     except (OSError, ValueError, RecursionError) as error:  # damaged text is no UTF-8, no JSON, or no manifest
+        if isinstance(error, OSError):
+            _raise_unreadable(path, error)
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {first_fault(error)}"
         raise UserError(f"{path}: not a checkpoint, manifest.json {reason}") from None
     if manifest != manifest.sealed(manifest.files):
         raise UserError(f"{path / 'manifest.json'}: its checksum is not its content's: it changed after it was written")
     return manifest
+
+
+def index_of(manifest: CheckpointManifest) -> str:
+    """The name of a checkpoint's index."""
+    return next((name for name in manifest.files if re.fullmatch(r"tensors-[0-9a-f]{12}\.json", name)), INDEX)
 
 
 def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
@@ -99,20 +118,36 @@ def check(path: Path, part: int = 0, parts: int = 1) -> CheckpointManifest:
     Args:
         part, parts: of the files only each `parts`-th, from `part` on: ranks share the work.
     Raises:
-        UserError: naming what is missing or differs.
+        UserError: naming what is missing or differs. UnreadableError.
     """
     manifest = read(path)
-    if INDEX not in manifest.files:
+    if index_of(manifest) not in manifest.files:
         raise UserError(f"{path}: not a checkpoint, its manifest names no {INDEX}")
     for name, (size, checksum) in sorted(manifest.files.items())[part::parts]:
-        file = path / name
-        if (status := lstat_regular(path, name)) is None:
-            raise UserError(f"{file} is missing")
-        if status.st_size != size:
-            raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
-        if (_checksum_on_store(file, size) if on_store(file) else sha256(file)) != checksum:
-            raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+        try:
+            _check_file(path, name, size, checksum)
+        except OSError as error:
+            _raise_unreadable(path, error)
+            raise
     return manifest
+
+
+def _check_file(path: Path, name: str, size: int, checksum: str) -> None:
+    file = path / name
+    if (status := lstat_regular(path, name)) is None:
+        raise UserError(f"{file} is missing")
+    if status.st_size != size:
+        raise UserError(f"{file} has {status.st_size} bytes, the manifest says {size}")
+    if (_checksum_on_store(file, size) if on_store(file) else sha256(file)) != checksum:
+        raise UserError(f"{file}: its checksum is not the manifest's: it changed after it was written")
+
+
+def _raise_unreadable(path: Path, error: OSError) -> None:
+    """Raises UnreadableError, unless the error says that a file is damaged or missing."""
+    if error.errno not in DAMAGE:
+        raise UnreadableError(
+            f"{path}: cannot be read now: {error.strerror}. Run the same command again once it can be."
+        ) from None
 
 
 def _checksum_on_store(file: Path, size: int) -> str:
@@ -132,7 +167,12 @@ def _checksum_on_store(file: Path, size: int) -> str:
 
 def steps(checkpoints: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending; `check` says whether their files are whole."""
-    found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
+    found: Iterable[Path]
+    if on_store(checkpoints):  # one listing, not a question a checkpoint
+        found = {file.parent for file in versions_below(checkpoints) if file.name == "manifest.json"}
+        found = [path for path in found if path.parent == checkpoints and path.name.startswith("step-")]
+    else:
+        found = (p for p in checkpoints.glob("step-*") if not p.is_symlink() and (p / "manifest.json").exists())
     return sorted(int(number) for p in found if (number := p.name.removeprefix("step-")).isdecimal())
 
 

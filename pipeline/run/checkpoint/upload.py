@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pipeline.storage.object_files import S3
 from pipeline.storage.patience import patiently
@@ -33,8 +33,17 @@ def abort_left(folder: Path) -> None:
     if not isinstance(folder, StorePath) or folder.scheme not in S3:
         return
     bucket, _, key = folder.key.partition("/")
-    call = folder.system.call_s3
-    with suppress(OSError):  # not every server knows the call
-        found = patiently(folder, call, "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/").get("Uploads", [])
-        for left in found:
-            call("abort_multipart_upload", Bucket=bucket, Key=left["Key"], UploadId=left["UploadId"])
+    after: dict[str, str] = {}
+    with suppress(OSError):  # not every server knows the calls
+        while True:
+            page = _call(folder, "list_multipart_uploads", Bucket=bucket, Prefix=f"{key}/", **after)
+            for left in page.get("Uploads", ()):
+                with suppress(FileNotFoundError):  # it has just ended
+                    _call(folder, "abort_multipart_upload", Bucket=bucket, Key=left["Key"], UploadId=left["UploadId"])
+            if not page.get("IsTruncated"):
+                return
+            after = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def _call(folder: StorePath, name: str, **named: Any) -> Any:
+    return patiently(folder, folder.system.call_s3, name, **named)

@@ -28,7 +28,7 @@ from torch.futures import Future
 from features.errors import UserError, one_line
 from pipeline.run.checkpoint.index import ALIGNMENT, Index, Part, TensorEntry, read_index
 from pipeline.run.checkpoint.lock import discard, remove
-from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder
+from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder, index_of
 from pipeline.run.checkpoint.staging import Staging
 from pipeline.run.checkpoint.upload import sending
 from pipeline.run.run import LostRunError
@@ -39,7 +39,7 @@ from pipeline.torch_compat import ShardedTensor, on_cpu, with_local
 
 
 class _Place(NamedTuple):
-    """Where the files of a checkpoint that is being written lie, and what the names of its data files end with."""
+    """Where the files of a checkpoint that is being written lie, and what the names of its files end with."""
 
     folder: Path
     suffix: str = ""
@@ -123,7 +123,7 @@ def _discard(place: _Place) -> None:
     if not on_store(place.folder):
         discard(place.folder)
         return
-    for file in place.folder.glob(f"*{place.suffix}.bin"):
+    for file in place.folder.glob(f"*{place.suffix}.*"):
         file.unlink(missing_ok=True)
 
 
@@ -138,9 +138,12 @@ def _write(
 
 def _commit(staging: Path, final: Path, manifest: CheckpointManifest, before: Callable[[], None]) -> None:
     if on_store(final):
-        _check_complete(staging, manifest)
+        strays = _check_complete(staging, manifest)
         before()
         _put(final / "manifest.json", json_text(manifest.model_dump(), indent=1))
+        for name in strays:
+            with suppress(OSError):
+                (final / name).unlink(missing_ok=True)
         return
     write_json(staging / "manifest.json", manifest.model_dump())
     _check_complete(staging, manifest)
@@ -158,19 +161,24 @@ def _put(path: Path, text: str) -> None:
         write_text(path, text)
 
 
-def _check_complete(staging: Path, manifest: CheckpointManifest) -> None:
+def _check_complete(staging: Path, manifest: CheckpointManifest) -> list[str]:
     """Compares the files of the manifest with those in the folder, and with those that the index says tensors are in.
+
+    On a store others may be there, of a writer that was taken for dead: returns their names.
 
     Raises:
         OSError: naming a file that is not in all three.
         UserError: the index does not fit them.
     """
     listed, present = set(manifest.files) | {"manifest.json"}, {path.name for path in staging.iterdir()}
+    strays: list[str] = []
     if on_store(staging):  # its manifest comes after this, and leases may lie there
-        present = {name for name in present if not name.startswith(".")} | {"manifest.json"}
+        strays = sorted(name for name in present - listed if not name.startswith("."))
+        present = (present & listed) | {"manifest.json"}
     indexed = {part.file for entry in read_index(staging, manifest).tensors.values() for part in entry.parts}
-    if missing := (listed ^ present) | (listed ^ (indexed | {INDEX, "manifest.json"})):
+    if missing := (listed ^ present) | (listed ^ (indexed | {index_of(manifest), "manifest.json"})):
         raise OSError(f"{sorted(missing)[0]} is not in all of manifest, folder and index")
+    return strays
 
 
 def data_file(rank: int, suffix: str = "") -> str:
@@ -190,6 +198,7 @@ class _Writer(dcp.StorageWriter):
     def __init__(self, path: Path, rank: int, suffix: str = "") -> None:
         super().__init__()
         self.path, self.name, self.staging = path, data_file(rank, suffix), Staging()
+        self.index = INDEX.replace(".", f"{suffix}.")
         self.files: dict[str, tuple[int, str]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -222,8 +231,8 @@ class _Writer(dcp.StorageWriter):
             if isinstance(kind, TensorStorageMetadata)
         }
         content = Index(tensors=tensors).model_dump_json()
-        _put(self.path / INDEX, content)
-        self.files[INDEX] = len(content.encode()), hashlib.sha256(content.encode()).hexdigest()
+        _put(self.path / self.index, content)
+        self.files[self.index] = len(content.encode()), hashlib.sha256(content.encode()).hexdigest()
 
     def set_up_storage_writer(self, *_: Any, **__: Any) -> None: ...
 

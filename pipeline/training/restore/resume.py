@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from features.errors import UserError
 from pipeline.run import checkpoint
 from pipeline.run.checkpoint import CheckpointManifest
+from pipeline.run.checkpoint.manifest import UnreadableError
 from pipeline.run.run import Run
 from pipeline.training.config import Order, Settings
 
@@ -20,31 +20,38 @@ logger = logging.getLogger(__name__)
 def newest(run: Run, below: int | None = None) -> Path | None:
     """The newest checkpoint whose files fit its manifest; damaged ones are logged. Every rank calls it.
 
-    The ranks share the reading. Rank 0 lists the folder: ranks must not choose differently.
+    The ranks share the reading. Rank 0 lists the folder: ranks must not choose differently. One that cannot be read now is
+    not passed over: going on from an older one would drop lines and checkpoints of the steps after it.
 
     Args:
         below: only of steps less than this.
+    Raises:
+        UnreadableError: on every rank, where one cannot read a checkpoint that may be whole.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     listed = [checkpoint.steps(run.checkpoints) if rank == 0 else None]
     dist.broadcast_object_list(listed)
     for step in reversed([step for step in listed[0] or [] if below is None or step < below]):
         path = checkpoint.folder(run.checkpoints, step)
-        faults: list[str | None] = [None] * ranks
+        faults: list[UserError | None] = [None] * ranks
         dist.all_gather_object(faults, _fault(path, rank, ranks))
         fault = next((fault for fault in faults if fault), None)
         if fault is None:
             return path
+        if unreadable := next((fault for fault in faults if isinstance(fault, UnreadableError)), None):
+            raise unreadable
         if rank == 0:
             logger.warning(f"skipped a checkpoint: {fault}")
     return None
 
 
-def _fault(path: Path, rank: int, ranks: int) -> str | None:
+def _fault(path: Path, rank: int, ranks: int) -> UserError | None:
     try:
         checkpoint.check(path, rank, ranks)
-    except (UserError, OSError) as error:
-        return str(error)
+    except UserError as error:
+        return error
+    except OSError as error:
+        return UserError(str(error))
     return None
 
 
@@ -73,14 +80,18 @@ def as_begun(settings: Settings, run: Run) -> Settings:
 
 
 def _order(run: Run) -> tuple[Path, Order] | None:
-    """Of the newest checkpoint whose manifest can be read."""
+    """Of the newest checkpoint whose manifest is whole. Raises UnreadableError."""
     for step in reversed(checkpoint.steps(run.checkpoints)):
         path = checkpoint.folder(run.checkpoints, step)
-        with suppress(UserError):
+        try:
             manifest = checkpoint.read(path)
-            order = Order(manifest.batch_size, len(manifest.cursors), manifest.window)
-            if all(order):
-                return path, order
+        except UnreadableError:
+            raise
+        except UserError:
+            continue
+        order = Order(manifest.batch_size, len(manifest.cursors), manifest.window)
+        if all(order):
+            return path, order
     return None
 
 
