@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,8 @@ from features.errors import UserError
 from pipeline.storage import lease, objects, patience
 from pipeline.storage.files import storage_of
 from pipeline.storage.lease import folder_of
-from pipeline.storage.staging import staging_of
-from pipeline.storage.store_path import StorePath
+from pipeline.storage.staging import recover, staging_of
+from pipeline.storage.store_path import StorePath, remove_tree
 
 pytestmark = pytest.mark.system
 SHORT_S = 1.5
@@ -344,7 +345,7 @@ def test_a_forked_process_leaves_its_parents_lease_alone(memory: StorePath) -> N
 
 STAGES = """
 import sys
-from pipeline.storage.staging import staging_of
+from pipeline.storage.staging import recover, staging_of
 from pipeline.storage.store_path import place
 with staging_of(place(sys.argv[1])) as staging:
     (staging / "file").write_bytes(b"x")
@@ -375,3 +376,72 @@ def test_a_staging_folder_that_was_taken_for_a_dead_ones_is_not_committed(memory
         with pytest.raises(UserError, match="another process"):
             storage_of(memory).commit(staging, memory / "out")
     assert committed(memory / "out") is None
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, PermissionError, SystemExit])
+def test_a_commit_that_fails_half_way_is_ended_by_the_next_job(
+    error: type[BaseException], memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = memory / "out"
+    write_folder(out, 1)
+    real, copied = objects.copy_all, []
+
+    def stopped(pairs: Any, **named: Any) -> None:
+        copied.extend(pairs[:2])
+        real(pairs[:2], **named)
+        raise error
+
+    def stage() -> None:
+        with staging_of(out) as staging:
+            content.update(write_folder(staging, 2))
+            storage_of(memory).commit(staging, out)
+
+    content: dict[str, bytes] = {}
+    monkeypatch.setattr(objects, "copy_all", stopped)
+    with pytest.raises(UserError if error is PermissionError else error):
+        stage()
+    assert (len(copied), committed(out)) == (2, None)
+    with pytest.raises(UserError if error is PermissionError else error):
+        recover(out)  # fails as the first
+    monkeypatch.undo()
+    recover(out)
+    assert {str(f.relative_to(memory)): f.read_bytes() for f in memory.rglob("*") if f.is_file()} == {
+        f"out/{name}": data for name, data in content.items()
+    }
+
+
+def test_only_a_commit_that_has_begun_is_ended_by_the_next_job(memory: StorePath) -> None:
+    for name in ("out.staging-" + "a" * 32, "out.staging-" + "b" * 32):
+        write_folder(memory / name, 1)
+    (memory / ("out.staging-" + "b" * 32) / objects.COMMITTING).write_bytes(b"")
+    write_folder(memory / "out", 2)  # another was faster
+    recover(memory / "out")
+    assert {path.name for path in memory.iterdir()} == {"out"}
+    assert (memory / "out" / "part-0").read_bytes() == b"2"
+    write_folder(memory / ("out.staging-" + "c" * 32), 3)
+    remove_tree(memory / "out")
+    recover(memory / "out")
+    assert not memory.exists(), "no commit of it had begun"
+
+
+@pytest.mark.parametrize("job", ["predict", "export", "relabel"])
+def test_every_job_that_writes_a_folder_ends_the_commit_before_it(job: str, memory: StorePath, tmp_path: Path) -> None:
+    from pipeline.evaluation.relabel import RelabelConfig, relabel
+    from pipeline.release.export.config import ExportConfig, check_out
+    from pipeline.release.predict.config import PredictConfig
+    from pipeline.release.predict.predict import predict
+
+    out, staging = memory / "out", memory / ("out.staging-" + "a" * 32)
+    write_folder(staging, 1)
+    (staging / objects.COMMITTING).write_bytes(b"")
+    (out / "part-0").write_bytes(b"1")
+    named: dict[str, Any] = {"out": out, "dataset": tmp_path, "predictions": tmp_path, "run": tmp_path}
+    call, config = {
+        "predict": (predict, PredictConfig.model_construct(**named)),
+        "export": (check_out, ExportConfig.model_construct(**named)),
+        "relabel": (relabel, RelabelConfig.model_construct(**named)),
+    }[job]
+    with pytest.raises(UserError, match=r"is there already|exists"):
+        call(config)  # type: ignore[operator]
+    assert committed(out) is not None
+    assert {path.name for path in memory.iterdir()} == {"out"}
