@@ -2,8 +2,8 @@
 
 Beside a file NAME lie `.NAME.lease/exclusive` and `.NAME.lease/shared-HEX`, one a reader. Each names its owner and the seconds
 that it is good for. Whoever wants the lock puts its own object first and then reads the others', so that of two at most one
-gets it. An object that has not changed for its seconds on the clock of who waits belongs to a dead owner; no two clocks are
-compared. That of a process of this very machine is known to be dead at once, and is waited for BUSY_FACTOR times as long else.
+gets it. An object that has not changed for its seconds on the clock of who waits, and that was read all the while, belongs to a
+dead owner; no two clocks are compared. That of a process of this very machine is known to be dead at once, and is waited for BUSY_FACTOR times as long else.
 """
 
 import errno
@@ -26,7 +26,7 @@ from pipeline.storage.store_path import StorePath
 LEASE_S = 30.0  # after which an owner that has not renewed its lease is taken to be dead
 BUSY_FACTOR = 10  # times as long for a process of this machine that runs: it may be too busy to renew
 LONGEST_S = 600.0  # that another's lease may be good for
-AGE_FACTOR = 3  # of its seconds, after which the store's own clock alone says that an owner is dead
+AGE_FACTOR = 3  # of its seconds, by the store's own clock, after which half of them on ours are enough
 RELEASE_S = 5.0  # for which a release waits for a store that does not answer; the lease ends by itself
 
 
@@ -147,30 +147,32 @@ class Watch:
 
     def __init__(self, wait: bool) -> None:
         self.wait = wait
-        self.seen: dict[StorePath, tuple[str, float]] = {}
+        self.seen: dict[StorePath, tuple[str, float, float]] = {}  # version, since when it is unchanged, last read
 
     def is_dead(self, path: StorePath, content: bytes, version: str) -> bool:
         """Whether an object's owner is dead. Raises BlockingIOError where it is not, and is not waited for."""
         about, now = _parsed(content), _now()
-        first, since = self.seen.setdefault(path, (version, now))
+        first, since, last = self.seen.get(path, (version, now, now))
+        changed, seconds = first != version, _seconds(about)
+        if changed or now - last > seconds / 3:  # where the store did not answer us, it did not answer its owner either
+            since = now
+        self.seen[path] = version, since, now
         here = _this_process(os.getpid())
         neighbour = "boot" in here and all(about.get(key) == here[key] for key in ("host", "boot", "space"))
         if neighbour and not _runs(about):
             return True
-        seconds = _seconds(about) * (BUSY_FACTOR if neighbour else 1)
-        if first != version:
-            self.seen[path] = version, now
-        elif now - since >= seconds:
+        seconds *= BUSY_FACTOR if neighbour else 1
+        if now - since >= seconds:
             return True
         if about.get("kind") == "asking":  # it will be held or gone in a moment
             return False
         if self.wait and now - since < seconds / 2:  # asked again soon enough
             return False
         age = age_of(path)
-        if age is not None and age > seconds * AGE_FACTOR:
+        if age is not None and age > seconds * AGE_FACTOR and now - since >= seconds / 2:
             return True
         renewed = neighbour if age is None else age < seconds * 2 / 3
-        if not self.wait and (first != version or renewed):
+        if not self.wait and (changed or renewed):
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path))
         return False
 
