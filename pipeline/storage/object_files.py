@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import threading
 import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -133,7 +134,10 @@ class ObjectWriter(io.RawIOBase):
 
     def __del__(self) -> None:
         if not getattr(self, "done", True):
-            self.discard()
+            self.done = True
+            with suppress(RuntimeError):  # the process ends
+                # Of its own: the garbage collector runs in any thread, also in the one that asks the store.
+                threading.Thread(target=self.upload.drop, name="discard", daemon=True).start()
 
 
 class TextWriter(io.TextIOWrapper):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.asyn import get_loop
 from store_fixtures import FaultProxy
 
 from features.errors import UserError
-from pipeline.storage import lease, objects, patience
+from pipeline.storage import lease, object_files, objects, patience
 from pipeline.storage.files import storage_of
 from pipeline.storage.lease import folder_of
 from pipeline.storage.staging import recover, staging_of
@@ -51,9 +52,28 @@ def test_a_lease_leaves_nothing_and_is_free_again(root: StorePath) -> None:
             assert len(list(folder_of(root / "file").iterdir())) == 1
         assert list(root.rglob("*")) == []
     del lock
-    held = lease.lease(root / "file")
-    del held  # is released when nobody refers to it
-    lease.lease(root / "file").release()
+
+
+def test_what_the_garbage_collector_finds_is_released_also_in_the_thread_that_asks_the_store(
+    s3: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_files, "PART_BYTES", 5 << 20)
+    writer = (s3 / "upload").open("wb")
+    writer.write(bytes(6 << 20))
+    found = [lease.lease(s3 / "file"), writer]
+    del writer
+    bucket = s3.key.partition("/")[0]
+
+    def left() -> bool:
+        uploads = s3.system.call_s3("list_multipart_uploads", Bucket=bucket).get("Uploads", [])
+        return s3.exists() or any(each["Key"].startswith(s3.name) for each in uploads)
+
+    assert left()
+    get_loop().call_soon_threadsafe(found.clear)
+    deadline = time.monotonic() + 5
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left()
 
 
 def test_a_lease_is_renewed_while_it_is_held(root: StorePath) -> None:
