@@ -28,6 +28,7 @@ from pipeline.storage.systems import file_system, s3_delete, s3_info, stripped
 # fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
 STORES = ("s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
 T = TypeVar("T")
+SECRET_NAMES = r"[?&][^=&]*(sig|token|key|secret|password|credential)[^=&]*="  # of a query
 CALLS_AT_ONCE = 8  # of copies and deletions of many files
 
 
@@ -43,12 +44,12 @@ def place(text: str | Path) -> Path:
     if not separator:
         return Path(text)
     if scheme in ("file", "local"):
-        return Path(rest)
+        return Path(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
     if "::" in text or scheme not in STORES:
         raise ValueError(f"{scheme}:// is no storage: give a path, or {', '.join(f'{known}://' for known in STORES)}")
-    if re.match(r"[^/@]*:[^/@]*@", rest):
+    if _has_secret(scheme, rest):
         raise ValueError(
-            f"{scheme}://…@{rest.rpartition('@')[2]} has a password in it: leave it to the environment or the store's own "
+            f"{scheme}://… has a password, a key or a signature in it: leave it to the environment or the store's own "
             "configuration"
         )
     if (rest.startswith("/") and scheme != "memory") or not rest.strip("/"):
@@ -58,6 +59,14 @@ def place(text: str | Path) -> Path:
             f"{printable(text)} has a .. or a control character in it: write the path of the folder itself"
         )
     return StorePath(text)
+
+
+def _has_secret(scheme: str, rest: str) -> bool:
+    """Whether what follows a scheme may hold one: a user's password, which may have slashes, or a signed query."""
+    first, _, others = rest.partition("/")
+    if ":" in (re.sub(r":\d+$", "", first) if scheme in ("hdfs", "webhdfs") else first) or "@" in others:
+        return True
+    return re.search(SECRET_NAMES, rest, re.IGNORECASE) is not None
 
 
 def _validated(value: Any) -> Any:

@@ -177,6 +177,13 @@ def test_a_path_on_a_store_is_told_from_one_that_is_mounted() -> None:
     ("text", "fault"),
     [
         ("s3://key:secret@bucket/a", "password"),
+        ("s3://key:ab/secret@bucket/a", "password"),
+        ("s3://key:secret", "password"),
+        ("s3://bucket/secret@bucket/a", "password"),
+        ("hdfs://user:secret@host:8020/a", "password"),
+        ("abfs://c@secret/d?sv=1&sig=secret", "signature"),
+        ("s3://bucket/x?X-Amz-Signature=secret", "signature"),
+        ("s3://bucket/x?x=1&X-Amz-Security-Token=secret", "signature"),
         ("nowhere://bucket/a", "is no storage"),
         ("reference::s3://bucket/a", "is no storage"),
         ("s3://", "names no bucket"),
@@ -190,6 +197,18 @@ def test_a_url_that_is_no_place_is_refused(text: str, fault: str) -> None:
     with pytest.raises(ValueError, match=fault) as refused:
         place(text)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hdfs://host:8020/a", "webhdfs://user@host:9870/a", "abfs://c@a.dfs.core.windows.net/d", "s3://bucket/a:b?c=1"],
+)
+def test_a_url_with_a_port_or_a_container_is_taken(text: str) -> None:
+    assert str(place(text)) == text
+
+
+def test_a_file_url_is_a_path() -> None:
+    assert [place(f"file://{text}") for text in ("/a/b", "localhost/a/b")] == [Path("/a/b")] * 2
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../../b"])
