@@ -256,10 +256,13 @@ class StorePath(PosixPath):
         if "a" in mode or "+" in mode:
             raise OSError(errno.ENOTSUP, "a file on a store cannot be changed in place", str(self))
         if "r" in mode:
-            status = self.stat()
-            if stat.S_ISDIR(status.st_mode):
+            info = self.describe()
+            if info is None:
+                raise _missing(self)
+            if info["type"] == "directory":
                 raise IsADirectoryError(errno.EISDIR, "Is a directory", str(self))
-            reader = ObjectReader(str(self), self.system, self.key, status.st_size)
+            version = info.get("ETag") if self.scheme in S3 else None
+            reader = ObjectReader(str(self), self.system, self.key, info.get("size") or 0, version)
             file = io.BufferedReader(reader, READ_BYTES)
             return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
         if "x" in mode and self.exists():
