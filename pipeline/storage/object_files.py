@@ -41,7 +41,7 @@ class ObjectReader(io.RawIOBase):
         self, name: str, system: fsspec.AbstractFileSystem, key: str, size: int, version: str | None = None
     ) -> None:
         self.name, self.system, self.key, self.size, self.version = name, system, key, size, version
-        self.position, self.next = 0, 0
+        self.position, self.next, self.ahead_end = 0, 0, 0
         self.ahead: deque[tuple[int, Future[bytes]]] = deque()
         self.pool: ThreadPoolExecutor | None = None
 

@@ -1,6 +1,5 @@
 """Storage on an object store that fsspec reaches: objects appear whole, a manifest comes last, leases stand for locks."""
 
-import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -8,8 +7,9 @@ from pathlib import Path
 
 from features.errors import UserError, one_line
 from pipeline.storage.base import Lock
-from pipeline.storage.conditional import write_new
+from pipeline.storage.conditional import content_of, write_new
 from pipeline.storage.lease import Lease, lease, lost_here
+from pipeline.storage.patience import missing
 from pipeline.storage.store_path import StorePath, copy_all, files_below, remove_all, remove_tree
 
 _logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ObjectStorage:
         assert isinstance(path, StorePath)
         if not path.exists():
             if not create:
-                raise _missing(path)
+                raise missing(path)
             with suppress(FileExistsError):
                 write_new(path, b"")
         try:
@@ -81,7 +81,7 @@ class ObjectStorage:
             return _ReadOnly()
         if not path.exists():
             taken.release()
-            raise _missing(path)
+            raise missing(path)
         return taken
 
 
@@ -99,7 +99,7 @@ def _move(staging: StorePath, final: StorePath, lock: Lease) -> None:
     still_ours()
     files = [file for file in files_below(staging) if file != staging / COMMITTING]
     names = {file.parts[len(staging.parts) :] for file in files}
-    manifest = read_or_none(staging / MANIFEST)
+    manifest = content_of(staging / MANIFEST)
     if manifest is not None:
         (staging / COMMITTING).write_bytes(b"")
     (final / MANIFEST).unlink(missing_ok=True)
@@ -141,15 +141,3 @@ def _sole_writer(final: StorePath) -> Iterator[Lease]:
 
 def _other_writer(final: StorePath) -> UserError:
     return UserError(f"{final} is being written by another process: let it end, then run this again.")
-
-
-def _missing(path: StorePath) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-
-
-def read_or_none(path: StorePath) -> bytes | None:
-    """An object's content, None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None

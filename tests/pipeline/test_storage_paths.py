@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_fixtures import FaultProxy
 
-from pipeline.storage.store_path import StorePath, on_store, place, remove_tree
+from pipeline.storage.store_path import StorePath, on_store, place, remove_all, remove_tree
 
 pytestmark = pytest.mark.integration
 NAMES = ["a", "b.json", ".hidden", "d/x", "d/e/y.json", "d/e", "st[1]", "d/st[1]*/z"]
@@ -300,3 +301,17 @@ def test_threads_and_a_forked_process_use_one_store(s3: StorePath) -> None:
             os._exit(0)
     os.waitpid(process, 0)
     assert files(s3) == {**{str(number): bytes([number]) for number in range(8)}, "child": bytes([3])}
+
+
+def test_many_files_are_deleted_by_one_request_and_their_names_are_no_patterns(
+    through_proxy: StorePath, proxy: FaultProxy, memory: StorePath
+) -> None:
+    names = ["a*", "ab", "c[d]", "cd", *map(str, range(12))]
+    for root in (through_proxy, memory):
+        for name in names:
+            (root / name).write_bytes(b"x")
+        proxy.requests.clear()
+        remove_all([root / name for name in names if name not in ("ab", "cd")] + [root / "missing"])
+        assert len(proxy.requests) == (1 if root is through_proxy else 0)
+        assert [*files(root)] == ["ab", "cd"]
+        remove_all([])
