@@ -7,7 +7,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from pipeline.storage.object_files import S3
+from pipeline.storage.object_files import S3, read_whole
 from pipeline.storage.patience import patiently, patiently_for, time_limit
 from pipeline.storage.store_path import StorePath
 
@@ -68,13 +68,8 @@ def read_version(path: StorePath) -> tuple[bytes, str] | None:
         content = content_of(path)
         return None if content is None else (content, hashlib.sha256(content).hexdigest())
 
-    def get() -> tuple[bytes, str]:
-        # The version comes first: a content that is newer than it makes a later condition fail, never hold.
-        version = str(path.system.info(path.key)["ETag"])
-        return path.system.cat_file(path.key), version
-
     try:
-        return patiently(path, get)
+        return patiently(path, read_whole, path.system, path.key)
     except FileNotFoundError:
         return None
 

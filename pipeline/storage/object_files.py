@@ -16,6 +16,7 @@ from fsspec.asyn import sync
 from pipeline.storage.patience import patiently, patiently_for
 
 READ_BYTES = 4 << 20  # at least, of a request for a range
+LARGE_BYTES = 64 << 20  # of an object that is read by several requests at once
 READS_AT_ONCE = 4  # of a file that is read from begin to end
 PART_BYTES = (
     16 << 20
@@ -132,20 +133,35 @@ class ObjectReader(io.RawIOBase):
 
 def read_pinned(system: Any, name: str, version: str, **named: str) -> bytes:
     """A range of an object of S3 that is still of a version. Raises OSError: ESTALE where it is not."""
-
-    async def get() -> bytes:
-        answer = await system._call_s3("get_object", IfMatch=version, **named)
-        try:
-            return bytes(await answer["Body"].read())
-        finally:
-            answer["Body"].close()
-
     try:
-        return sync(system.loop, get)
+        return _get(system, None, IfMatch=version, **named)[0] or b""
     except OSError as error:
         if error.errno == errno.EINVAL:  # s3fs answers a failed condition so, and a range beyond the end
             raise OSError(errno.ESTALE, "it changed while it was read", name) from None
         raise
+
+
+def read_whole(system: Any, key: str) -> tuple[bytes, str]:
+    """An object of S3 and its ETag, a small one by one request, where s3fs asks for the size first. Raises OSError."""
+    bucket, _, rest = key.partition("/")
+    content, version = _get(system, LARGE_BYTES, Bucket=bucket, Key=rest)
+    return system.cat_file(key) if content is None else content, version
+
+
+def _get(system: Any, most: int | None, **named: str) -> tuple[bytes | None, str]:
+    """An object's content, None of one of more than `most` bytes, and its ETag."""
+
+    async def get() -> tuple[bytes | None, str]:
+        answer = await system._call_s3("get_object", **named)
+        try:
+            if most is not None and answer["ContentLength"] > most:
+                return None, str(answer["ETag"])
+            return bytes(await answer["Body"].read()), str(answer["ETag"])
+        finally:
+            answer["Body"].close()
+
+    found: tuple[bytes | None, str] = sync(system.loop, get)
+    return found
 
 
 class ObjectWriter(io.RawIOBase):

@@ -20,7 +20,7 @@ import fsspec
 from pydantic import AfterValidator, BeforeValidator
 
 from features.printable import has_controls, printable
-from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
+from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter, read_whole
 from pipeline.storage.patience import has_secret, missing, patiently
 from pipeline.storage.patterns import matches
 from pipeline.storage.systems import file_system, s3_delete, s3_info, stripped
@@ -263,6 +263,8 @@ class StorePath(PosixPath):
         return cast(IO[Any], writer if "b" in mode else TextWriter(writer, encoding or "utf-8", errors, newline))
 
     def read_bytes(self) -> bytes:
+        if self.scheme in S3:
+            return patiently(self, read_whole, self.system, self.key)[0]
         return patiently(self, self.system.cat_file, self.key)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:

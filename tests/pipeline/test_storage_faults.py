@@ -342,3 +342,23 @@ def test_a_file_is_read_several_ranges_ahead(
         for start, size in ((0, 3 << 20), (3 << 20, 100), (5 << 20, 1 << 20), ((6 << 20) - 7, 2 << 20), (0, 9 << 20)):
             opened.seek(start)
             assert opened.read(size) == BIG[start : start + size]
+
+
+def test_a_small_file_is_read_by_one_request_with_or_without_its_version(
+    through_proxy: StorePath, proxy: FaultProxy
+) -> None:
+    for content in (b"", b"x"):
+        (through_proxy / "file").write_bytes(content)
+        proxy.requests.clear()
+        assert (through_proxy / "file").read_bytes() == content
+        found = read_version(through_proxy / "file")
+        assert found
+        assert found[0] == content
+        assert [method for method, _ in proxy.requests] == ["GET"] * 2
+        write_over(through_proxy / "file", b"next", found[1])
+
+
+def test_a_large_file_is_read_whole(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_files, "LARGE_BYTES", 5)
+    (s3 / "file").write_bytes(BIG)
+    assert (s3 / "file").read_bytes() == BIG

@@ -25,7 +25,7 @@ from pipeline.storage.staging import recover, staging_of
 from pipeline.storage.store_path import StorePath, remove_tree
 
 pytestmark = pytest.mark.system
-SHORT_S = 1.5
+SHORT_S = 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,8 @@ def test_what_the_garbage_collector_finds_is_released_also_in_the_thread_that_as
     assert not left()
 
 
-def test_a_lease_is_renewed_while_it_is_held(root: StorePath) -> None:
+def test_a_lease_is_renewed_while_it_is_held(s3: StorePath) -> None:
+    root = s3
     with lease.lease(root / "file") as lock:
         foreign_process = json.loads((folder_of(root / "file") / "exclusive").read_bytes())
         time.sleep(SHORT_S * 1.2)
@@ -87,8 +88,11 @@ def test_a_lease_is_renewed_while_it_is_held(root: StorePath) -> None:
         assert not lock.lost
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_lease_that_another_machine_does_not_renew_ends_after_its_seconds(root: StorePath, shared: bool) -> None:
+@pytest.mark.parametrize(("store", "shared"), [("memory", False), ("s3", True)])
+def test_a_lease_that_another_machine_does_not_renew_ends_after_its_seconds(
+    store: str, shared: bool, request: pytest.FixtureRequest
+) -> None:
+    root: StorePath = request.getfixturevalue(store)
     held = lease.lease(root / "file", shared)
     held.held.stop.set()  # its thread ends, as with a dead owner
     file = next(folder_of(root / "file").iterdir())
