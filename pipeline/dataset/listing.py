@@ -5,8 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.storage.patience import patiently
-from pipeline.storage.store_path import StorePath, on_store
+from pipeline.storage.store_path import StorePath, described_below, on_store
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -16,11 +15,7 @@ AT_ONCE = 16  # requests
 
 def sizes_below(folder: StorePath) -> dict[str, int]:
     """The bytes of all files below a folder, by their names relative to it."""
-    system, root = folder.system, folder.key.rstrip("/")
-    found = patiently(folder, system.find, root, detail=True)
-    return {
-        system._strip_protocol(name).removeprefix(root).strip("/"): info["size"] or 0 for name, info in found.items()
-    }
+    return {str(file.relative_to(folder)): info.get("size") or 0 for file, info in described_below(folder).items()}
 
 
 def each_of(folder: Path, call: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:

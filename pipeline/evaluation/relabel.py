@@ -25,6 +25,7 @@ from pipeline.evaluation import predictions
 from pipeline.ingest.staging import staging_of
 from pipeline.ingest.steps.write import write_shard
 from pipeline.storage.files import copy_file, remove_tree, storage_of, write_json
+from pipeline.storage.staging import recover
 from pipeline.storage.store_path import Place
 
 SPLIT: Split = "train"  # valid and test keep their labels, so that models of either are measured alike
@@ -56,6 +57,7 @@ def relabel(config: RelabelConfig) -> Manifest:
         UserError: `out` exists; no dataset; predictions of other rows, labels or tasks, or such that are not finite.
     """
     out = config.out.resolve()
+    recover(out)
     if out.exists():
         raise UserError(f"{out} exists. Choose another out=.")
     dataset = Dataset(config.dataset)

@@ -6,7 +6,6 @@ columns with dictionaries each batch is a stream with a schema of its own, and t
 """
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -61,12 +60,6 @@ def read_each(paths: Sequence[StorePath], batches: Sequence[int]) -> list[pa.Tab
     starts, stops = zip(*missing.values(), strict=True) if missing else ((), ())
     contents |= zip(missing, _ranges([paths[number] for number in missing], starts, stops), strict=True)
     return [_table(contents[number], indexes[str(path)][0]) for number, path in enumerate(paths)]
-
-
-def remove(paths: Sequence[StorePath]) -> None:
-    """Deletes objects, many by one request where the store can."""
-    with suppress(FileNotFoundError):
-        patiently(paths[0], paths[0].system.rm, [path.key for path in paths])
 
 
 def _indexes(paths: Sequence[StorePath]) -> tuple[dict[str, Index], dict[str, tuple[int, bytes]]]:

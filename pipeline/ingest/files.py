@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from features.errors import UserError, one_line
 from pipeline.storage import store_path
 from pipeline.storage.patience import patiently
+from pipeline.storage.systems import stripped
 
 BLOCK_BYTES = 32 << 20  # of raw text or columns that are in memory and parsed at a time
 READ_AHEAD = 4 << 20  # of remote files that are read in small steps
@@ -174,7 +175,7 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         if scheme in store_path.STORES:
             system = store_path.place(path).system  # type: ignore[attr-defined]
-            return system, system._strip_protocol(path)
+            return system, stripped(system, path)
         return url_to_fs(path)
     except ValueError as error:  # such as a password in it
         raise UserError(f"{one_line(error)}. Set input.") from None

@@ -33,11 +33,12 @@ from pipeline.ingest.past_start import Start, copy_encoders, copy_state, start_o
 from pipeline.ingest.progress import Progress
 from pipeline.ingest.runners.hosts import addresses, must_see, workers_of
 from pipeline.ingest.schedule import Limits
-from pipeline.ingest.staging import fetch, folders_of, remove_half_committed
+from pipeline.ingest.staging import fetch, folders_of
 from pipeline.ingest.state import IMPRESSIONS, AbsentDays, Job
 from pipeline.ingest.steps import run_step
 from pipeline.ingest.steps.look_up import table_types
 from pipeline.ingest.table_files import check_snapshots, snapshots, table_files
+from pipeline.storage.staging import recover
 from pipeline.storage.store_path import on_store
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     """Reads, joins, fits and encodes, and commits the dataset.
 
     Raises:
-        UserError: bad input or settings; nothing half-written is left, and an earlier dataset at `out` stays.
+        UserError: bad input or settings; nothing half-written is left, and an earlier dataset at `out` stays (but see
+            pipeline.storage.staging.recover).
     """
     try:
         return _preprocess(config, schema)
@@ -63,14 +65,13 @@ def preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
 def _preprocess(config: PreprocessConfig, schema: Schema) -> Manifest:
     out = config.out.resolve()
     out = folder_of_day(out, config.date.isoformat()) if config.date else out
-    if out.exists() and not (out / "manifest.json").is_file() and not remove_half_committed(out):
-        raise UserError(
-            f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
-            if config.overwrite
-            else _exists(out)
-        )
+    recover(out)
     if out.exists() and not config.overwrite:
         raise UserError(_exists(out))
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise UserError(
+            f"{out} is no dataset, and overwrite=true replaces only datasets. Remove it, or choose another out=."
+        )
     read = without_labels(schema) if config.labels == "none" else schema
     check_settings(config, read)
     plan = plan_of(config, schema, read, _find(config, read))

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from pipeline.ingest import batch_objects
-from pipeline.storage.store_path import StorePath, place
+from pipeline.storage.store_path import StorePath, place, remove_all
 
 POSITION = "__position"  # of a row in its part: buckets have the rows of a part in another order
 
@@ -51,7 +51,7 @@ def read_each(paths: Sequence[str], batches: Sequence[int], mapped: bool = False
 def remove(paths: Sequence[Path]) -> None:
     """Deletes files that no later step reads; those that are gone already are nobody's loss."""
     if paths and isinstance(paths[0], StorePath):
-        batch_objects.remove([path for path in paths if isinstance(path, StorePath)])
+        remove_all([path for path in paths if isinstance(path, StorePath)])
     else:
         for path in paths:
             path.unlink(missing_ok=True)

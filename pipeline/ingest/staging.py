@@ -1,8 +1,7 @@
 """The folders of a job: one in which the dataset is written, beside its final place, and one for the files between steps."""
 
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from features.errors import UserError
@@ -10,8 +9,7 @@ from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.ingest.state import RESERVE_FILE
 from pipeline.storage import staging
 from pipeline.storage.files import copy_file
-from pipeline.storage.lease import lease
-from pipeline.storage.store_path import StorePath, on_store, remove_tree
+from pipeline.storage.store_path import StorePath, on_store
 
 
 @contextmanager
@@ -47,22 +45,6 @@ def _below(scratch: Path) -> Iterator[Path]:
     with staging.staging_of(scratch / "preprocess") as folder:
         _make(folder)
         yield folder
-
-
-def remove_half_committed(out: Path) -> bool:
-    """Removes what a killed commit has left at `out`: files without a manifest, of which the staging folder has one.
-
-    Returns:
-        Whether there was such a commit. On a mounted file system there is none: it is one rename.
-    """
-    if not isinstance(out, StorePath):
-        return False
-    for left in sorted(out.parent.glob("*")):
-        if re.fullmatch(re.escape(out.name) + staging.STAGING, left.name) and (left / "manifest.json").is_file():
-            with suppress(BlockingIOError), lease(left):
-                remove_tree(out)
-                return True
-    return False
 
 
 def make_folders(folder: Path) -> None:

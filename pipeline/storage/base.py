@@ -40,7 +40,8 @@ class Storage(Protocol):
         A folder that stands there already is replaced; `staging` is then the old one, for its owner to delete, or none.
 
         Raises:
-            UserError: another writer commits to the same place; a store alone says so.
+            UserError: another writer commits to the same place, or a store failed meanwhile; a store alone says so. See
+                pipeline.storage.staging.recover.
         """
 
     def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from pipeline.storage.object_files import S3
+from pipeline.storage.object_files import S3, read_whole
 from pipeline.storage.patience import patiently, patiently_for, time_limit
 from pipeline.storage.store_path import StorePath
 
@@ -44,7 +44,7 @@ def put_new(path: StorePath, content: bytes) -> str:
     except OSError as error:
         if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:  # s3fs answers a failed condition so
             raise
-        ours = _writer_of(path) == writer if named else tries > 1 and _content_of(path) == content
+        ours = _writer_of(path) == writer if named else tries > 1 and content_of(path) == content
         if not ours:
             raise FileExistsError(errno.EEXIST, "File exists", str(path)) from None
         answer = None
@@ -58,23 +58,18 @@ def version_of(path: StorePath) -> str | None:
     if path.scheme in S3:
         found = path.describe()
         return str(found["ETag"]) if found and found["type"] == "file" else None
-    content = _content_of(path)
+    content = content_of(path)
     return None if content is None else hashlib.sha256(content).hexdigest()
 
 
 def read_version(path: StorePath) -> tuple[bytes, str] | None:
     """A small object's content and its version, None where there is none."""
     if path.scheme not in S3:
-        content = _content_of(path)
+        content = content_of(path)
         return None if content is None else (content, hashlib.sha256(content).hexdigest())
 
-    def get() -> tuple[bytes, str]:
-        # The version comes first: a content that is newer than it makes a later condition fail, never hold.
-        version = str(path.system.info(path.key)["ETag"])
-        return path.system.cat_file(path.key), version
-
     try:
-        return patiently(path, get)
+        return patiently(path, read_whole, path.system, path.key)
     except FileNotFoundError:
         return None
 
@@ -140,7 +135,8 @@ def age_of(path: StorePath) -> float | None:
         return None
 
 
-def _content_of(path: StorePath) -> bytes | None:
+def content_of(path: StorePath) -> bytes | None:
+    """An object's content, None where there is none."""
     try:
         return path.read_bytes()
     except FileNotFoundError:

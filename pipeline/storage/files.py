@@ -143,7 +143,13 @@ def sha256(path: Path) -> str:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a file, or a folder with all that is in it, if it is there; what cannot be deleted stays."""
+    """Deletes a file, or a folder with all that is in it, if it is there.
+
+    What cannot be deleted of a mounted folder stays, without an error.
+
+    Raises:
+        OSError: a file cannot be deleted, or a store refuses or does not answer.
+    """
     if isinstance(path, StorePath):
         store_path.remove_tree(path)
     elif path.is_dir() and not path.is_symlink():

@@ -2,8 +2,9 @@
 
 Beside a file NAME lie `.NAME.lease/exclusive` and `.NAME.lease/shared-HEX`, one a reader. Each names its owner and the seconds
 that it is good for. Whoever wants the lock puts its own object first and then reads the others', so that of two at most one
-gets it. An object that has not changed for its seconds on the clock of who waits belongs to a dead owner; no two clocks are
-compared. That of a process of this very machine is known to be dead at once, and is waited for BUSY_FACTOR times as long else.
+gets it. An object that has not changed for its seconds on the clock of who waits, and that was read all the while, belongs to
+a dead owner; no two clocks are compared. That of a process of this very machine is known to be dead at once, and is waited for
+BUSY_FACTOR times as long else.
 """
 
 import errno
@@ -26,7 +27,7 @@ from pipeline.storage.store_path import StorePath
 LEASE_S = 30.0  # after which an owner that has not renewed its lease is taken to be dead
 BUSY_FACTOR = 10  # times as long for a process of this machine that runs: it may be too busy to renew
 LONGEST_S = 600.0  # that another's lease may be good for
-AGE_FACTOR = 3  # of its seconds, after which the store's own clock alone says that an owner is dead
+AGE_FACTOR = 3  # of its seconds, by the store's own clock, after which half of them on ours are enough
 RELEASE_S = 5.0  # for which a release waits for a store that does not answer; the lease ends by itself
 
 
@@ -39,7 +40,11 @@ class Lease:
 
     def __init__(self, held: "_Held") -> None:
         self.held = held
-        self.release = weakref.finalize(self, held.release)
+        weakref.finalize(self, held.drop).atexit = False
+
+    def release(self) -> None:
+        """Gives it up."""
+        self.held.release()
 
     @property
     def lost(self) -> bool:
@@ -93,7 +98,7 @@ class _Held:
     def __init__(self, path: StorePath, kind: str) -> None:
         self.path, self.kind, self.owner, self.process = path, kind, uuid.uuid4().hex, os.getpid()
         self.lost, self.count, self.version, self.renewed = False, 0, "", _now()
-        self.stop, self.mutex = threading.Event(), threading.Lock()
+        self.stop, self.mutex, self.dropped, self.released = threading.Event(), threading.Lock(), False, False
 
     def content(self) -> bytes:
         self.count += 1
@@ -102,10 +107,15 @@ class _Held:
 
     def start(self) -> None:
         threading.Thread(target=self.renew_always, name="lease", daemon=True).start()
+        # At exit finalizers run in the reverse order of their making: this one before that of the store's connections.
+        self.at_exit = weakref.finalize(self, self.release)
 
     def renew_always(self) -> None:
         while not self.stop.wait(LEASE_S / 3) and not self.lost:
             self.renew()
+        if self.dropped:
+            self.release()
+        self.at_exit.detach()
 
     def renew(self) -> None:
         """Puts it again. A store that does not answer takes nothing away: what counts is whether another has come."""
@@ -126,14 +136,21 @@ class _Held:
     def age(self) -> float:
         return _now() - self.renewed
 
+    def drop(self) -> None:
+        """Lets its thread release it: the garbage collector calls this in any thread, also in the one that asks the store."""
+        self.dropped = True
+        self.stop.set()
+
     def release(self) -> None:
         """Deletes it, if it still is ours; a process that was forked from the owner leaves it alone."""
-        if self.process != os.getpid() or self.stop.is_set():
+        if self.process != os.getpid():
             return
         self.stop.set()
         entered = self.mutex.acquire(timeout=RELEASE_S)  # else a renewal under way would bring it back
-        with suppress(OSError):
-            remove_version(self.path, self.version, RELEASE_S)
+        if not self.released:
+            self.released = True
+            with suppress(OSError):
+                remove_version(self.path, self.version, RELEASE_S)
         if entered:
             self.mutex.release()
 
@@ -147,30 +164,32 @@ class Watch:
 
     def __init__(self, wait: bool) -> None:
         self.wait = wait
-        self.seen: dict[StorePath, tuple[str, float]] = {}
+        self.seen: dict[StorePath, tuple[str, float, float]] = {}  # version, since when it is unchanged, last read
 
     def is_dead(self, path: StorePath, content: bytes, version: str) -> bool:
         """Whether an object's owner is dead. Raises BlockingIOError where it is not, and is not waited for."""
         about, now = _parsed(content), _now()
-        first, since = self.seen.setdefault(path, (version, now))
+        first, since, last = self.seen.get(path, (version, now, now))
+        changed, seconds = first != version, _seconds(about)
+        if changed or now - last > seconds / 3:  # where the store did not answer us, it did not answer its owner either
+            since = now
+        self.seen[path] = version, since, now
         here = _this_process(os.getpid())
         neighbour = "boot" in here and all(about.get(key) == here[key] for key in ("host", "boot", "space"))
         if neighbour and not _runs(about):
             return True
-        seconds = _seconds(about) * (BUSY_FACTOR if neighbour else 1)
-        if first != version:
-            self.seen[path] = version, now
-        elif now - since >= seconds:
+        seconds *= BUSY_FACTOR if neighbour else 1
+        if now - since >= seconds:
             return True
         if about.get("kind") == "asking":  # it will be held or gone in a moment
             return False
         if self.wait and now - since < seconds / 2:  # asked again soon enough
             return False
         age = age_of(path)
-        if age is not None and age > seconds * AGE_FACTOR:
+        if age is not None and age > seconds * AGE_FACTOR and now - since >= seconds / 2:
             return True
         renewed = neighbour if age is None else age < seconds * 2 / 3
-        if not self.wait and (first != version or renewed):
+        if not self.wait and (changed or renewed):
             raise BlockingIOError(errno.EAGAIN, "locked by another process", str(path))
         return False
 

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import threading
 import uuid
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 import fsspec
+from fsspec.asyn import sync
 
 from pipeline.storage.patience import patiently, patiently_for
 
 READ_BYTES = 4 << 20  # at least, of a request for a range
+LARGE_BYTES = 64 << 20  # of an object that is read by several requests at once
+READS_AT_ONCE = 4  # of a file that is read from begin to end
 PART_BYTES = (
     16 << 20
 )  # of a part that is uploaded; twice as much after every GROWN_AFTER parts, of which S3 takes 10,000
@@ -26,12 +30,21 @@ S3 = ("s3", "s3a")
 class ObjectReader(io.RawIOBase):
     """An object's bytes, fetched by ranges where they are read. Raises OSError.
 
+    A file that is read from its begin to its end is fetched READS_AT_ONCE ranges ahead. On S3 all are of the version that was
+    opened: once another is put a range raises OSError (ESTALE).
+
     Args:
         name: for errors. key: as the file system takes it. size: in bytes.
+        version: S3's ETag, None: not compared.
     """
 
-    def __init__(self, name: str, system: fsspec.AbstractFileSystem, key: str, size: int) -> None:
-        self.name, self.system, self.key, self.size, self.position = name, system, key, size, 0
+    def __init__(
+        self, name: str, system: fsspec.AbstractFileSystem, key: str, size: int, version: str | None = None
+    ) -> None:
+        self.name, self.system, self.key, self.size, self.version = name, system, key, size, version
+        self.position, self.next, self.ahead_end = 0, 0, 0
+        self.ahead: deque[tuple[int, Future[bytes]]] = deque()
+        self.pool: ThreadPoolExecutor | None = None
 
     def readable(self) -> bool:
         """True."""
@@ -56,12 +69,99 @@ class ObjectReader(io.RawIOBase):
         end = min(self.size, self.position + len(view))
         if end <= self.position:
             return 0
-        found = patiently(self.name, self.system.cat_file, self.key, start=self.position, end=end)
-        if len(found) != end - self.position:
-            raise OSError(errno.EIO, f"{len(found):,} bytes where {end - self.position:,} were asked for", self.name)
+        if self.position == self.next and self.position and len(view) >= READ_BYTES:
+            found = self._with_those_ahead(end)
+        else:
+            self._forget()
+            found = self._fetch(self.position, end)
         view[: len(found)] = found
-        self.position = end
+        self.position += len(found)
+        self.next = self.position
         return len(found)
+
+    def readall(self) -> bytes:
+        """All that is left, by few requests; the method of RawIOBase asks for 8 kB at a time."""
+        buffer, parts = bytearray(READ_BYTES), []
+        while count := self.readinto(buffer):
+            parts.append(bytes(buffer[:count]))
+        return b"".join(parts)
+
+    def _with_those_ahead(self, end: int) -> bytes:
+        """The range at the position, up to `end`, while those after it are on their way."""
+        if self.ahead and self.ahead[0][0] != self.position:
+            self._forget()
+        self.pool = self.pool or ThreadPoolExecutor(READS_AT_ONCE, "read")
+        step = end - self.position
+        start = self.position if not self.ahead else self.ahead_end
+        while start < self.size and len(self.ahead) < READS_AT_ONCE:
+            self.ahead_end = min(self.size, start + step)
+            self.ahead.append((start, self.pool.submit(self._fetch, start, self.ahead_end)))
+            start = self.ahead_end
+        found = self.ahead[0][1].result()
+        if len(found) > step:  # of a larger buffer before
+            self._forget()
+            return found[:step]
+        self.ahead.popleft()
+        return found
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        found: bytes = patiently(self.name, self._ask, start, end)
+        if len(found) != end - start:
+            raise OSError(errno.EIO, f"{len(found):,} bytes where {end - start:,} were asked for", self.name)
+        return found
+
+    def _ask(self, start: int, end: int) -> bytes:
+        if self.version is None:
+            return bytes(self.system.cat_file(self.key, start=start, end=end))
+        bucket, _, key = self.key.partition("/")
+        return read_pinned(
+            self.system, self.name, self.version, Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}"
+        )
+
+    def _forget(self) -> None:
+        while self.ahead:
+            self.ahead.popleft()[1].cancel()
+
+    def close(self) -> None:
+        """Waits for nothing that is on its way."""
+        self._forget()
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+            self.pool = None
+        super().close()
+
+
+def read_pinned(system: Any, name: str, version: str, **named: str) -> bytes:
+    """A range of an object of S3 that is still of a version. Raises OSError: ESTALE where it is not."""
+    try:
+        return _get(system, None, IfMatch=version, **named)[0] or b""
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # s3fs answers a failed condition so, and a range beyond the end
+            raise OSError(errno.ESTALE, "it changed while it was read", name) from None
+        raise
+
+
+def read_whole(system: Any, key: str) -> tuple[bytes, str]:
+    """An object of S3 and its ETag, a small one by one request, where s3fs asks for the size first. Raises OSError."""
+    bucket, _, rest = key.partition("/")
+    content, version = _get(system, LARGE_BYTES, Bucket=bucket, Key=rest)
+    return system.cat_file(key) if content is None else content, version
+
+
+def _get(system: Any, most: int | None, **named: str) -> tuple[bytes | None, str]:
+    """An object's content, None of one of more than `most` bytes, and its ETag."""
+
+    async def get() -> tuple[bytes | None, str]:
+        answer = await system._call_s3("get_object", **named)
+        try:
+            if most is not None and answer["ContentLength"] > most:
+                return None, str(answer["ETag"])
+            return bytes(await answer["Body"].read()), str(answer["ETag"])
+        finally:
+            answer["Body"].close()
+
+    found: tuple[bytes | None, str] = sync(system.loop, get)
+    return found
 
 
 class ObjectWriter(io.RawIOBase):
@@ -133,7 +233,10 @@ class ObjectWriter(io.RawIOBase):
 
     def __del__(self) -> None:
         if not getattr(self, "done", True):
-            self.discard()
+            self.done = True
+            with suppress(RuntimeError):  # the process ends
+                # Of its own: the garbage collector runs in any thread, also in the one that asks the store.
+                threading.Thread(target=self.upload.drop, name="discard", daemon=True).start()
 
 
 class TextWriter(io.TextIOWrapper):

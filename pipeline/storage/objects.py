@@ -1,15 +1,15 @@
 """Storage on an object store that fsspec reaches: objects appear whole, a manifest comes last, leases stand for locks."""
 
-import errno
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from features.errors import UserError
+from features.errors import UserError, one_line
 from pipeline.storage.base import Lock
-from pipeline.storage.conditional import write_new
+from pipeline.storage.conditional import content_of, write_new
 from pipeline.storage.lease import Lease, lease, lost_here
+from pipeline.storage.patience import missing
 from pipeline.storage.store_path import StorePath, copy_all, files_below, remove_all, remove_tree
 
 _logger = logging.getLogger(__name__)
@@ -17,6 +17,7 @@ _logger = logging.getLogger(__name__)
 __all__ = ["MANIFEST", "ObjectStorage", "write_new"]
 
 MANIFEST = "manifest.json"  # of a folder that is committed: it exists once this does
+COMMITTING = ".committing"  # in a staging folder that is whole, from before a commit of it changes its final place
 
 
 class ObjectStorage:
@@ -39,37 +40,26 @@ class ObjectStorage:
 
         Where a folder stands at `final` its manifest is deleted first: from there until the new one is put nothing is committed
         there, and no reader that begins with the manifest sees a mixture; one that has begun may meet the new files, which its
-        manifest's checksums refuse. A commit that is killed leaves, at `final`, the folder before, files without a manifest, or
-        the new folder; in the first two cases `staging` is whole, and it can be done again. Without a manifest (MANIFEST) in
-        `staging` readers see files as they come.
+        manifest's checksums refuse. A commit that fails or is killed leaves, at `final`, the folder before, files without a
+        manifest, or the new folder; in the second case `staging` is whole and `is_unfinished`, and is to be committed again.
+        Without a manifest (MANIFEST) in `staging` readers see files as they come, and nothing says that it is unfinished.
 
         Raises:
-            UserError: another writer has committed to `final` meanwhile, or taken the lock: nothing of this one is there.
+            UserError: another writer has committed to `final` meanwhile, or taken the lock: nothing of this one is there. Or
+                the store refuses or does not answer, and `final` is left as above.
         """
         assert isinstance(staging, StorePath)
         assert isinstance(final, StorePath)
-
-        def still_ours() -> None:
-            if lock.lost or lost_here(staging):
-                raise _other_writer(final)
-
         with _sole_writer(final) as lock:
-            still_ours()
-            files = files_below(staging)
-            names = {file.parts[len(staging.parts) :] for file in files}
-            manifest = read_or_none(staging / MANIFEST)
-            (final / MANIFEST).unlink(missing_ok=True)
-            remove_all([left for left in files_below(final) if left.parts[len(final.parts) :] not in names])
-            pairs = [(file, final.joinpath(*file.parts[len(staging.parts) :])) for file in files]
-            copy_all([pair for pair in pairs if pair[0] != staging / MANIFEST], before_each=still_ours)
-            still_ours()
-            if manifest is not None:
-                try:
-                    write_new(final / MANIFEST, manifest)
-                except FileExistsError:
-                    raise _other_writer(final) from None
-        (staging / MANIFEST).unlink(missing_ok=True)  # first: a half of it is not to be committed again
-        remove_tree(staging)
+            try:
+                _move(staging, final, lock)
+            except OSError as error:
+                raise UserError(
+                    f"{final} is not written to its end: {one_line(error)}. Run this again: it first ends what was begun."
+                ) from None
+        with suppress(OSError):  # what stays is removed by the next process
+            (staging / MANIFEST).unlink(missing_ok=True)  # first: a half of it is not to be committed again
+            remove_tree(staging)
 
     def lock(self, path: Path, shared: bool = False, wait: bool = False, create: bool = False) -> Lock:
         """A lease beside a file, see pipeline.storage.lease; a folder need have no file of its own, but one below it.
@@ -79,7 +69,7 @@ class ObjectStorage:
         assert isinstance(path, StorePath)
         if not path.exists():
             if not create:
-                raise _missing(path)
+                raise missing(path)
             with suppress(FileExistsError):
                 write_new(path, b"")
         try:
@@ -91,8 +81,37 @@ class ObjectStorage:
             return _ReadOnly()
         if not path.exists():
             taken.release()
-            raise _missing(path)
+            raise missing(path)
         return taken
+
+
+def is_unfinished(staging: StorePath, final: StorePath) -> bool:
+    """Whether a commit has begun to change `final` and not ended; all files are in `staging` then. Raises OSError."""
+    whole = (staging / COMMITTING).exists() and (staging / MANIFEST).exists()
+    return whole and not (final / MANIFEST).exists()
+
+
+def _move(staging: StorePath, final: StorePath, lock: Lease) -> None:
+    def still_ours() -> None:
+        if lock.lost or lost_here(staging):
+            raise _other_writer(final)
+
+    still_ours()
+    files = [file for file in files_below(staging) if file != staging / COMMITTING]
+    names = {file.parts[len(staging.parts) :] for file in files}
+    manifest = content_of(staging / MANIFEST)
+    if manifest is not None:
+        (staging / COMMITTING).write_bytes(b"")
+    (final / MANIFEST).unlink(missing_ok=True)
+    remove_all([left for left in files_below(final) if left.parts[len(final.parts) :] not in names])
+    pairs = [(file, final.joinpath(*file.parts[len(staging.parts) :])) for file in files]
+    copy_all([pair for pair in pairs if pair[0] != staging / MANIFEST], before_each=still_ours)
+    still_ours()
+    if manifest is not None:
+        try:
+            write_new(final / MANIFEST, manifest)
+        except FileExistsError:
+            raise _other_writer(final) from None
 
 
 class _ReadOnly:
@@ -122,15 +141,3 @@ def _sole_writer(final: StorePath) -> Iterator[Lease]:
 
 def _other_writer(final: StorePath) -> UserError:
     return UserError(f"{final} is being written by another process: let it end, then run this again.")
-
-
-def _missing(path: StorePath) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
-
-
-def read_or_none(path: StorePath) -> bytes | None:
-    """An object's content, None where there is none."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None

@@ -50,6 +50,7 @@ FINAL_NAMES = re.compile(  # not CredentialRetrievalError: a service of credenti
     "NoCredentials|PartialCredentials|DefaultCredentials|CredentialUnavailable|AuthToken|UnauthorizedSSO|Authentication|"
     "ParamValidation|Profile|Config|Unknown|InvalidRegion"
 )
+SECRET_NAMES = r"[?&][^=&]*(sig|token|key|secret|password|credential)[^=&]*="  # of a query
 
 _silent: dict[str, float] = {}  # stores that do not answer, and since when
 _silent_lock = threading.Lock()
@@ -166,6 +167,19 @@ def without_secrets(text: str) -> str:
         if len(value) > 5 and re.search("SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING", name):
             text = text.replace(value, "…")
     return text
+
+
+def has_secret(scheme: str, rest: str) -> bool:
+    """Whether what follows a scheme may hold one: a user's password, which may have slashes, or a signed query."""
+    first, _, others = rest.partition("/")
+    if ":" in (re.sub(r":\d+$", "", first) if scheme in ("hdfs", "webhdfs") else first) or "@" in others:
+        return True
+    return re.search(SECRET_NAMES, rest, re.IGNORECASE) is not None
+
+
+def missing(path: object) -> FileNotFoundError:
+    """The error of a path that does not exist."""
+    return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def _store_of(what: object) -> str:

@@ -11,6 +11,7 @@ from features.errors import UserError
 from pipeline.storage.base import Lock
 from pipeline.storage.files import storage_of
 from pipeline.storage.lease import lease
+from pipeline.storage.objects import COMMITTING, is_unfinished
 from pipeline.storage.store_path import StorePath, remove_tree
 
 STAGING = r"\.staging-[0-9a-f]{32}"  # after the name of the final place
@@ -21,7 +22,7 @@ def staging_of(out: Path) -> Iterator[Path]:
     """A folder OUT.staging-… that is removed in the end, as are those of processes that were killed.
 
     A process locks its folder, on a store by a lease beside it. On a file system without locks the folders of killed processes
-    stay.
+    stay. On a store a folder also stays whose commit has begun and failed: it is the only whole copy, see `recover`.
 
     Raises:
         UserError: it cannot be created.
@@ -36,19 +37,31 @@ def staging_of(out: Path) -> Iterator[Path]:
             raise UserError(f"{out} cannot be written: {error}. Choose another out=.") from None
         yield staging
     finally:
-        _remove(staging)
+        _remove(staging, out)
         if lock is not None:
             lock.release()
 
 
+def recover(out: Path) -> None:
+    """Ends the commits to a place on a store that failed or were killed; to be called before `out` is looked at.
+
+    On a mounted file system a commit is one step.
+
+    Raises:
+        UserError, OSError: as Storage.commit.
+    """
+    if isinstance(out, StorePath):
+        remove_left(out)
+
+
 def remove_left(out: Path) -> None:
-    """Removes the folders of killed processes beside a final place."""
+    """Removes the folders of killed processes beside a final place, on a store after their commit where it had begun."""
     names = re.compile(
         rf"\.?({re.escape(out.name)}{STAGING})(\.lease)?"
     )  # on a store the lease may be all that is left
     found = {match[1] for left in out.parent.glob("*") if (match := names.fullmatch(left.name))}
     for name in sorted(found):
-        _remove_unlocked(out.with_name(name))
+        _remove_unlocked(out.with_name(name), out)
 
 
 def is_staging(path: Path) -> bool:
@@ -70,21 +83,31 @@ def _locked(folder: Path) -> Lock | None:
             return None
 
 
-def _remove_unlocked(folder: Path) -> None:
+def _remove_unlocked(folder: Path, out: Path) -> None:
     if isinstance(folder, StorePath):
+        assert isinstance(out, StorePath)
         with suppress(BlockingIOError), lease(folder):
-            remove_tree(folder)
+            if is_unfinished(folder, out):
+                storage_of(out).commit(folder, out)
+            _remove_tree(folder)
         return
     if not folder.is_dir():
         return
     with suppress(OSError), storage_of(folder).lock(folder):  # fails for the folder of a running process
-        _remove(folder)
+        _remove(folder, out)
 
 
-def _remove(folder: Path) -> None:
-    """Deletes a folder; what a store or the system refuses is left to the next process."""
+def _remove(folder: Path, out: Path) -> None:
+    """Deletes a folder but one whose commit has begun; what a store or the system refuses is left to the next process."""
     if isinstance(folder, StorePath):
+        assert isinstance(out, StorePath)
         with suppress(OSError):
-            remove_tree(folder)
+            if not is_unfinished(folder, out):
+                _remove_tree(folder)
     else:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_tree(folder: StorePath) -> None:
+    (folder / COMMITTING).unlink(missing_ok=True)  # first: a half of it is not to be committed
+    remove_tree(folder)

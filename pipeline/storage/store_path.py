@@ -20,14 +20,15 @@ import fsspec
 from pydantic import AfterValidator, BeforeValidator
 
 from features.printable import has_controls, printable
-from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter
-from pipeline.storage.patience import patiently
+from pipeline.storage.object_files import READ_BYTES, S3, ObjectReader, ObjectWriter, TextWriter, read_whole
+from pipeline.storage.patience import has_secret, missing, patiently
 from pipeline.storage.patterns import matches
 from pipeline.storage.systems import file_system, s3_delete, s3_info, stripped
 
 # fsspec knows others, some of which (reference::, zip::) read what a file tells them to read.
 STORES = ("s3", "s3a", "gs", "gcs", "hdfs", "webhdfs", "abfs", "abfss", "az", "adl", "memory")
 T = TypeVar("T")
+KEYS_AT_ONCE = 1000  # that S3 deletes by one request
 CALLS_AT_ONCE = 8  # of copies and deletions of many files
 
 
@@ -43,12 +44,12 @@ def place(text: str | Path) -> Path:
     if not separator:
         return Path(text)
     if scheme in ("file", "local"):
-        return Path(rest)
+        return Path(rest.removeprefix("localhost") if rest.startswith("localhost/") else rest)
     if "::" in text or scheme not in STORES:
         raise ValueError(f"{scheme}:// is no storage: give a path, or {', '.join(f'{known}://' for known in STORES)}")
-    if re.match(r"[^/@]*:[^/@]*@", rest):
+    if has_secret(scheme, rest):
         raise ValueError(
-            f"{scheme}://…@{rest.rpartition('@')[2]} has a password in it: leave it to the environment or the store's own "
+            f"{scheme}://… has a password, a key or a signature in it: leave it to the environment or the store's own "
             "configuration"
         )
     if (rest.startswith("/") and scheme != "memory") or not rest.strip("/"):
@@ -190,7 +191,7 @@ class StorePath(PosixPath):
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         info = self.describe()
         if info is None:
-            raise _missing(self)
+            raise missing(self)
         mode = stat.S_IFDIR if info["type"] == "directory" else stat.S_IFREG
         when = next((info[key] for key in ("LastModified", "last_modified", "mtime", "created") if info.get(key)), 0)
         seconds = (
@@ -247,10 +248,13 @@ class StorePath(PosixPath):
         if "a" in mode or "+" in mode:
             raise OSError(errno.ENOTSUP, "a file on a store cannot be changed in place", str(self))
         if "r" in mode:
-            status = self.stat()
-            if stat.S_ISDIR(status.st_mode):
+            info = self.describe()
+            if info is None:
+                raise missing(self)
+            if info["type"] == "directory":
                 raise IsADirectoryError(errno.EISDIR, "Is a directory", str(self))
-            reader = ObjectReader(str(self), self.system, self.key, status.st_size)
+            version = info.get("ETag") if self.scheme in S3 else None
+            reader = ObjectReader(str(self), self.system, self.key, info.get("size") or 0, version)
             file = io.BufferedReader(reader, READ_BYTES)
             return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
         if "x" in mode and self.exists():
@@ -259,6 +263,8 @@ class StorePath(PosixPath):
         return cast(IO[Any], writer if "b" in mode else TextWriter(writer, encoding or "utf-8", errors, newline))
 
     def read_bytes(self) -> bytes:
+        if self.scheme in S3:
+            return patiently(self, read_whole, self.system, self.key)[0]
         return patiently(self, self.system.cat_file, self.key)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None, newline: str | None = None) -> str:
@@ -292,7 +298,7 @@ class StorePath(PosixPath):
 
     def unlink(self, missing_ok: bool = False) -> None:
         if not missing_ok and not self.is_file():
-            raise _missing(self)
+            raise missing(self)
         with suppress(FileNotFoundError):
             patiently(self, self.system.rm_file, self.key)
 
@@ -313,10 +319,6 @@ class StorePath(PosixPath):
         return target
 
     replace = rename
-
-
-def _missing(path: StorePath) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
 
 
 def _selected(folder: StorePath, parts: tuple[str, ...]) -> list[StorePath]:
@@ -354,7 +356,7 @@ def copy(source: StorePath, target: StorePath) -> None:
     """Copies a file, or all files of a folder, within a store. Raises FileNotFoundError."""
     files = [source] if source.is_file() else files_below(source)
     if not files:
-        raise _missing(source)
+        raise missing(source)
     copy_all([(file, target.joinpath(*file.parts[len(source.parts) :])) for file in files])
 
 
@@ -369,8 +371,16 @@ def copy_all(pairs: Sequence[tuple[StorePath, StorePath]], before_each: Callable
 
 
 def remove_all(files: Sequence[StorePath]) -> None:
-    """Deletes files, those that are there."""
-    _at_once(lambda file: file.unlink(missing_ok=True), files)
+    """Deletes files of one bucket, those that are there: S3 takes many by one request. Raises OSError."""
+    if files and files[0].scheme in S3:
+        _delete(files[0], [file.key for file in files])
+    else:
+        _at_once(lambda file: file.unlink(missing_ok=True), files)
+
+
+def _delete(path: StorePath, keys: list[str]) -> None:
+    parts = [keys[start : start + KEYS_AT_ONCE] for start in range(0, len(keys), KEYS_AT_ONCE)]
+    _at_once(lambda part: patiently(path, s3_delete, path.system, part), parts)
 
 
 def _at_once(call: Callable[[T], None], items: Sequence[T]) -> None:
@@ -384,15 +394,23 @@ def _at_once(call: Callable[[T], None], items: Sequence[T]) -> None:
             raise
 
 
-def files_below(folder: StorePath) -> list[StorePath]:
-    """All files of a folder and of those in it, sorted by name; none where there is no folder."""
+def described_below(folder: StorePath) -> dict[StorePath, dict[str, Any]]:
+    """All files of a folder and of those in it, sorted by name, and fsspec's descriptions of them: one listing.
+
+    Returns: none where there is no folder.
+    """
     system, root = folder.system, folder.key.rstrip("/")
     try:
-        found = patiently(folder, system.find, root)
+        found = patiently(folder, system.find, root, detail=True)
     except FileNotFoundError:
-        return []
-    below = (stripped(system, name) for name in found if not name.endswith("/"))
-    return [folder / name.removeprefix(root).strip("/") for name in sorted(below) if name.startswith(f"{root}/")]
+        return {}
+    below = {stripped(system, name): info for name, info in found.items() if not name.endswith("/")}
+    return {folder / name[len(root) + 1 :]: below[name] for name in sorted(below) if name.startswith(f"{root}/")}
+
+
+def files_below(folder: StorePath) -> list[StorePath]:
+    """All files of a folder and of those in it, sorted by name; none where there is no folder."""
+    return [*described_below(folder)]
 
 
 def remove_tree(path: StorePath) -> None:
@@ -401,9 +419,7 @@ def remove_tree(path: StorePath) -> None:
     with suppress(FileNotFoundError):
         if path.scheme in S3:
             # s3fs's own rm takes the name for a pattern.
-            keys = [key, *patiently(path, system.find, key)]
-            for start in range(0, len(keys), 1000):
-                patiently(path, s3_delete, system, keys[start : start + 1000])
+            _delete(path, [key, *patiently(path, system.find, key)])
         elif re.search(r"[*?\[]", key):  # as others' do
             remove_all([path, *files_below(path)])
         else:

@@ -2,15 +2,13 @@
 
 import errno
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.storage.conditional import Changed, write_new, write_over
 from pipeline.storage.files import storage_of
-from pipeline.storage.patience import patiently
-from pipeline.storage.store_path import StorePath
-from pipeline.storage.systems import S3, stripped
+from pipeline.storage.object_files import S3
+from pipeline.storage.store_path import StorePath, described_below
 
 # Of a file: inode, time of change in ns and size; of an object its ETag where the store has one, else time and size.
 Version = tuple[object, ...]
@@ -31,12 +29,7 @@ def version(path: Path) -> Version | None:
 def versions_below(folder: Path) -> dict[Path, Version]:
     """The version of every file of a folder on a store and of those in it: one listing, not one question a file."""
     assert isinstance(folder, StorePath)
-    root = folder.key.rstrip("/")
-    with suppress(FileNotFoundError):
-        found = patiently(folder, folder.system.find, root, detail=True)
-        names = ((stripped(folder.system, key).removeprefix(root).strip("/"), info) for key, info in found.items())
-        return {folder / name: _of_object(info) for name, info in names if name}
-    return {}
+    return {file: _of_object(info) for file, info in described_below(folder).items()}
 
 
 def _of_object(info: dict[str, Any]) -> Version:

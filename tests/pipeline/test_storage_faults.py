@@ -1,6 +1,7 @@
 """Stores that fail: errors, answers that are late, cut or lost, a server that is killed; and no secret in what is logged."""
 
 import errno
+import hashlib
 import subprocess
 import sys
 import threading
@@ -14,7 +15,8 @@ from s3_server import SECRET, S3Server
 from store_fixtures import FaultProxy, use_store
 
 from features.errors import UserError
-from pipeline.storage import object_files, patience
+from pipeline.storage import files as storage_files
+from pipeline.storage import object_files, patience, store_path
 from pipeline.storage.conditional import Changed, read_version, write_new, write_over
 from pipeline.storage.files import append_line, copy_file, read_lines, remove_tree, sha256
 from pipeline.storage.patience import may_pass, patiently, without_secrets
@@ -293,3 +295,70 @@ def test_lines_of_several_writers_are_all_kept(s3: StorePath, memory: StorePath)
     (memory / "log.jsonl").write_bytes(b'{"a": 1}\n{"a": ')
     append_line(memory / "log.jsonl", {"a": 2})
     assert [line["a"] for line in read_lines(memory / "log.jsonl")] == [1, 2]
+
+
+def test_an_open_file_is_of_one_version_or_fails(s3: StorePath) -> None:
+    for content in (BIG[::-1], b"short"):
+        (s3 / "file").write_bytes(BIG)
+        with (s3 / "file").open("rb") as file:
+            assert file.read(10) == BIG[:10]
+            (s3 / "file").write_bytes(content)
+            with pytest.raises(OSError, match="changed while it was read") as error:
+                file.read()
+        assert (error.value.errno, error.value.filename) == (errno.ESTALE, str(s3 / "file"))
+
+
+def test_a_file_is_read_several_ranges_ahead(
+    through_proxy: StorePath, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_files, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(store_path, "READ_BYTES", 1 << 20)
+    monkeypatch.setattr(storage_files, "COPIED_BYTES", 1 << 20)
+    file, lock, running, most = through_proxy / "file", threading.Lock(), [0], [0]
+    file.write_bytes(BIG)
+
+    def fetch(self: Any, *span: int) -> bytes:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        try:
+            time.sleep(0.02)
+            return real(self, *span)
+        finally:
+            with lock:
+                running[0] -= 1
+
+    real = object_files.ObjectReader._fetch
+    monkeypatch.setattr(object_files.ObjectReader, "_fetch", fetch)
+    copy_file(file, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == BIG
+    assert most[0] == object_files.READS_AT_ONCE
+    assert sha256(file) == hashlib.sha256(BIG).hexdigest()
+    proxy.requests.clear()
+    with file.open("rb") as opened:
+        assert opened.read() == BIG
+    assert len(proxy.requests) <= 15
+    with file.open("rb") as opened:  # as a seeking reader does
+        for start, size in ((0, 3 << 20), (3 << 20, 100), (5 << 20, 1 << 20), ((6 << 20) - 7, 2 << 20), (0, 9 << 20)):
+            opened.seek(start)
+            assert opened.read(size) == BIG[start : start + size]
+
+
+def test_a_small_file_is_read_by_one_request_with_or_without_its_version(
+    through_proxy: StorePath, proxy: FaultProxy
+) -> None:
+    for content in (b"", b"x"):
+        (through_proxy / "file").write_bytes(content)
+        proxy.requests.clear()
+        assert (through_proxy / "file").read_bytes() == content
+        found = read_version(through_proxy / "file")
+        assert found
+        assert found[0] == content
+        assert [method for method, _ in proxy.requests] == ["GET"] * 2
+        write_over(through_proxy / "file", b"next", found[1])
+
+
+def test_a_large_file_is_read_whole(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(object_files, "LARGE_BYTES", 5)
+    (s3 / "file").write_bytes(BIG)
+    assert (s3 / "file").read_bytes() == BIG

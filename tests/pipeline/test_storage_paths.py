@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_fixtures import FaultProxy
 
-from pipeline.storage.store_path import StorePath, on_store, place, remove_tree
+from pipeline.storage.store_path import StorePath, on_store, place, remove_all, remove_tree
 
 pytestmark = pytest.mark.integration
 NAMES = ["a", "b.json", ".hidden", "d/x", "d/e/y.json", "d/e", "st[1]", "d/st[1]*/z"]
@@ -177,6 +178,13 @@ def test_a_path_on_a_store_is_told_from_one_that_is_mounted() -> None:
     ("text", "fault"),
     [
         ("s3://key:secret@bucket/a", "password"),
+        ("s3://key:ab/secret@bucket/a", "password"),
+        ("s3://key:secret", "password"),
+        ("s3://bucket/secret@bucket/a", "password"),
+        ("hdfs://user:secret@host:8020/a", "password"),
+        ("abfs://c@secret/d?sv=1&sig=secret", "signature"),
+        ("s3://bucket/x?X-Amz-Signature=secret", "signature"),
+        ("s3://bucket/x?x=1&X-Amz-Security-Token=secret", "signature"),
         ("nowhere://bucket/a", "is no storage"),
         ("reference::s3://bucket/a", "is no storage"),
         ("s3://", "names no bucket"),
@@ -190,6 +198,18 @@ def test_a_url_that_is_no_place_is_refused(text: str, fault: str) -> None:
     with pytest.raises(ValueError, match=fault) as refused:
         place(text)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hdfs://host:8020/a", "webhdfs://user@host:9870/a", "abfs://c@a.dfs.core.windows.net/d", "s3://bucket/a:b?c=1"],
+)
+def test_a_url_with_a_port_or_a_container_is_taken(text: str) -> None:
+    assert str(place(text)) == text
+
+
+def test_a_file_url_is_a_path() -> None:
+    assert [place(f"file://{text}") for text in ("/a/b", "localhost/a/b")] == [Path("/a/b")] * 2
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc", "a/../../b"])
@@ -281,3 +301,17 @@ def test_threads_and_a_forked_process_use_one_store(s3: StorePath) -> None:
             os._exit(0)
     os.waitpid(process, 0)
     assert files(s3) == {**{str(number): bytes([number]) for number in range(8)}, "child": bytes([3])}
+
+
+def test_many_files_are_deleted_by_one_request_and_their_names_are_no_patterns(
+    through_proxy: StorePath, proxy: FaultProxy, memory: StorePath
+) -> None:
+    names = ["a*", "ab", "c[d]", "cd", *map(str, range(12))]
+    for root in (through_proxy, memory):
+        for name in names:
+            (root / name).write_bytes(b"x")
+        proxy.requests.clear()
+        remove_all([root / name for name in names if name not in ("ab", "cd")] + [root / "missing"])
+        assert len(proxy.requests) == (1 if root is through_proxy else 0)
+        assert [*files(root)] == ["ab", "cd"]
+        remove_all([])

@@ -14,7 +14,7 @@ from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.serving.deltas import bases_of
 from pipeline.serving.manifest import Manifest, TableFormat, read_manifest
-from pipeline.storage.staging import is_staging
+from pipeline.storage.staging import is_staging, recover
 from pipeline.storage.store_path import Place, place
 
 Chain = list[tuple[Path, Manifest]]  # a whole package, then deltas, each of what those before it make
@@ -99,6 +99,7 @@ def archive_path(config: ExportConfig) -> Path:
 
 def check_out(config: ExportConfig) -> Path | None:
     """The place of the archive, if one is wanted. Raises UserError where something stands in the way."""
+    recover(config.out)
     archive = archive_path(config) if config.archive else None
     for path in (config.out, archive):
         if path is not None and path.is_symlink():

@@ -28,6 +28,7 @@ from pipeline.release.predict.score import STEP, ScoreReport, Scoring, run_score
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
 from pipeline.storage.files import remove_tree, storage_of, write_json
+from pipeline.storage.staging import recover
 from pipeline.storage.store_path import place
 
 
@@ -39,6 +40,7 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
         UserError: bad input or settings; nothing half-written is left.
     """
     out = config.out.resolve()
+    recover(out)
     if out.exists():
         raise UserError(f"{out} exists. Choose another out=.")
     run = Run(config.run)
