@@ -280,7 +280,7 @@ def test_settings_of_the_reading_are_those_of_preprocess() -> None:
     changed = {
         "input": "i", "date": "2026-11-21", "state": {"from": "s"}, "missing_days": "skip", "runner": "flink", "workers": 3,
         "options": ["--o"], "unit_bytes": 11, "bucket_bytes": 12, "broadcast_bytes": 13, "max_unpack_ratio": 14,
-        "max_bad_fraction": 0.5, "min_joined": 0.25,
+        "max_bad_fraction": 0.5, "min_joined": 0.25, "master": "spark://h:1", "hosts": ["h:1"], "scratch": Path("/s"),
     }  # fmt: skip
     assert changed.keys() == shared
     found = PredictConfig(run="r", out="o", **changed).encoding(Path("f"), Path("e"))
