@@ -391,9 +391,13 @@ def commit_job(
 
     Args:
         staging: beside `out`, where the dataset was made elsewhere; None: where it was made.
+    Raises:
+        UserError: another job has made `out` meanwhile, and it is not to be replaced.
     """
     counts = totals.of_job(job, limits) | {"state": state_of(job, config.state.from_ is not None)}
     totals.add_splits(job)
     if staging is not None and staging != job.staging:
         fetch(job.staging, staging)
+    if not config.overwrite and (out / "manifest.json" if on_store(out) else out).exists():
+        raise UserError(_exists(out))
     return commit(staging or job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)

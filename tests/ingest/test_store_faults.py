@@ -153,8 +153,11 @@ def test_a_killed_driver_leaves_no_dataset_and_the_next_one_cleans_up(
     assert names(through_proxy) == {"out"}
 
 
-def test_of_two_jobs_that_write_the_same_dataset_one_wins(s3: StorePath, small_log, small_content, wanted, monkeypatch):
-    out, commits = s3 / "out", list[str]()
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_jobs_that_write_the_same_dataset_one_wins_the_first_unless_it_may_be_replaced(
+    overwrite: bool, memory: StorePath, small_log, small_content, wanted, monkeypatch
+):
+    out, commits = memory / "out", list[str]()
     whole = ingest_job.commit_job
 
     def commit_after_another(*given: object) -> object:
@@ -164,9 +167,9 @@ def test_of_two_jobs_that_write_the_same_dataset_one_wins(s3: StorePath, small_l
         return whole(*given)
 
     monkeypatch.setattr(ingest_job, "commit_job", commit_after_another)
-    with no_beam():
-        run(small_log, out, small_content(), seed=1, **SIZES)
+    with no_beam(), nullcontext() if overwrite else pytest.raises(UserError, match=rf"^{out} exists\. Choose another"):
+        run(small_log, out, small_content(), seed=1, overwrite=overwrite, **SIZES)
     assert on(out).keys() == wanted.keys()
-    assert on(out) != wanted  # all of it is of the job that ended last
-    assert len({name for name, content in on(out).items() if wanted[name] != content}) > 3
-    assert names(s3) == {"out"}
+    other = [name for name, content in on(out).items() if wanted[name] != content]
+    assert len(other) > 3 if overwrite else not other  # all of it is of one job
+    assert names(memory) == {"out"}
