@@ -183,9 +183,9 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def check_settings(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    if config.runner == "hosts" and not config.options:  # what follows imports Beam, for seconds
+    if config.runner == "hosts" and not (config.options or config.master):  # what follows imports Beam, for seconds
         addresses(config.hosts)
-    elif config.runner != "direct" or config.options or config.hosts:
+    elif config.runner != "direct" or config.options or config.master or config.hosts:
         from pipeline.ingest.runners.reachable import check_reachable
         from pipeline.ingest.runners.registry import check_runner
 
@@ -283,13 +283,8 @@ def _read_work(
         is_log, outcome = stream == IMPRESSIONS, schema.source.outcomes.get(stream)
         name = None if is_log else stream
         options = schema.source.format_of(name)
-        wanted = (
-            [outcome.key, *outcome.types]
-            if outcome
-            else schema.raw_columns
-            if is_log
-            else [*table_types(schema, stream)]
-        )
+        of_log = schema.raw_columns if is_log else []
+        wanted = [outcome.key, *outcome.types] if outcome else of_log or [*table_types(schema, stream)]
         names = stream_columns(files, options, wanted, schema.source.format_key(name), added if is_log else ())
         for path, columns in names.items():
             if is_log and (both := added & set(columns or ())):
