@@ -112,7 +112,7 @@ OPERATIONS: dict[str, Callable[[beam.PCollection, str], beam.PCollection]] = {
 
 @needs_java
 @pytest.mark.integration
-@settings(max_examples=4, deadline=None, database=None, phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, database=None, phases=[Phase.generate])
 @given(st.lists(st.integers(0, 99), max_size=5), st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=4, max_size=7))
 def test_random_pipelines_make_what_beams_own_runner_makes(runner, elements, names):
     def build(pipeline: beam.Pipeline) -> beam.PCollection:
