@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -191,7 +191,7 @@ def _part(path: Path, size: int, groups: Sequence[int]) -> Iterator[Path]:
         UserError, OSError, pa.ArrowException: the footer is damaged.
     """
     with RangedFile(path, size) as source, tempfile.TemporaryFile() as copy:
-        check_nesting(source, path)
+        check_nesting(cast(BinaryIO, source), path)
         with pq.ParquetFile(source) as parquet:
             footer = parquet.metadata
         check_footer(footer, path, size)
