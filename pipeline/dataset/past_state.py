@@ -7,10 +7,11 @@ in the i-th of as many equal ranges, so that a bucket of a later job reads a few
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,8 +21,8 @@ from features.errors import UserError, one_line
 from features.fit.fitted_files import RESTORE_HINT
 from features.hashing import bucket_of
 from features.parquet_limits import check_footer
-from features.parquet_pages import check_pages
-from features.parquet_schema import check_nesting_of
+from features.parquet_pages import check_pages, chunk_start
+from features.parquet_schema import check_nesting, check_nesting_of
 from features.printable import printable
 from features.regular_files import local_file, lstat_regular
 from features.schema.origins import origins, reads_of
@@ -31,6 +32,8 @@ from features.time_units import as_utc
 from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.entries import State, StateFile
 from pipeline.dataset.manifest import Manifest, read_manifest
+from pipeline.storage.ranges import RangedFile, coalesced, read_ranges
+from pipeline.storage.store_path import on_store
 
 FOLDER = "state"
 DAY = 86_400  # seconds
@@ -149,14 +152,13 @@ def state_lines(state: State) -> list[str]:
 
 @contextmanager
 def opened(
-    folder: Path, file: StateFile, columns: pa.Schema, groups: Sequence[int] | None = None, copy: Path | None = None
+    folder: Path, file: StateFile, columns: pa.Schema, groups: Sequence[int] | None = None
 ) -> Iterator[pq.ParquetFile]:
     """A file of events below `folder`, checked by its footer and pages; what the block cannot read is one line, too.
 
     Args:
         columns: that it must have.
-        groups: row groups that will be read; all if None.
-        copy: of the file on this machine; None: made where it is on a store.
+        groups: row groups that will be read; all if None. Of a file on a store nothing else is fetched.
     Raises:
         UserError: it is missing, no regular file, of another size, damaged, or not as its entry says.
     """
@@ -166,7 +168,7 @@ def opened(
         raise UserError(f"{path} {found}. {RESTORE_HINT}")
     try:
         with (
-            nullcontext(copy) if copy else local_file(path) as local,
+            local_file(path) if groups is None or not on_store(path) else _part(path, status.st_size, groups) as local,
             parquet_file(local) as parquet,
         ):
             footer, found_columns = parquet.metadata, parquet.schema_arrow
@@ -179,6 +181,34 @@ def opened(
             yield parquet
     except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+
+
+@contextmanager
+def _part(path: Path, size: int, groups: Sequence[int]) -> Iterator[Path]:
+    """A path on this machine of a file with holes: it has the footer of one on a store, and some of its row groups.
+
+    Raises:
+        UserError, OSError, pa.ArrowException: the footer is damaged.
+    """
+    with RangedFile(path, size) as source, tempfile.TemporaryFile() as copy:
+        check_nesting(cast(BinaryIO, source), path)
+        with pq.ParquetFile(source) as parquet:
+            footer = parquet.metadata
+        check_footer(footer, path, size)
+        found = [footer.row_group(number) for number in groups if number < footer.num_row_groups]
+        chunks = [group.column(index) for group in found for index in range(group.num_columns)]
+        starts = [(chunk_start(chunk), chunk.total_compressed_size) for chunk in chunks]
+        # The magic number at both ends, and the length of the footer before the last.
+        wanted = coalesced([(0, 4), (size - footer.serialized_size - 8, size), *((at, at + n) for at, n in starts)])
+        for (start, _), content in zip(wanted, read_ranges(path, wanted), strict=True):
+            copy.seek(start)
+            copy.write(content)
+        copy.flush()
+        local = Path(f"/dev/fd/{copy.fileno()}")
+        try:
+            yield local
+        except UserError as error:
+            raise UserError(str(error).replace(str(local), str(path))) from None
 
 
 @contextmanager

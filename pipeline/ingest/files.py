@@ -197,8 +197,9 @@ def _reachable(path: str) -> Iterator[None]:
     except Exception as error:  # each storage has exceptions of its own
         if silent := no_answer(error):
             raise silent from None
+        said = Exception(error.strerror) if isinstance(error, OSError) and error.strerror else error
         raise UserError(
-            f"{path}: the storage reports an error: {one_line(error)}. Check address and credentials."
+            f"{path}: the storage reports an error: {one_line(said)}. Check address and credentials."
         ) from None
 
 

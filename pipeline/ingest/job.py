@@ -184,9 +184,9 @@ def _warn_of(absent: AbsentDays, schema: Schema) -> None:
 
 def check_settings(config: PreprocessConfig, schema: Schema) -> None:
     """Raises UserError for settings that do not fit the schema, or each other."""
-    if config.runner == "hosts" and not config.options:  # what follows imports Beam, for seconds
+    if config.runner == "hosts" and not (config.options or config.master):  # what follows imports Beam, for seconds
         addresses(config.hosts)
-    elif config.runner != "direct" or config.options or config.hosts:
+    elif config.runner != "direct" or config.options or config.master or config.hosts:
         from pipeline.ingest.runners.reachable import check_reachable
         from pipeline.ingest.runners.registry import check_runner
 
@@ -284,13 +284,8 @@ def _read_work(
         is_log, outcome = stream == IMPRESSIONS, schema.source.outcomes.get(stream)
         name = None if is_log else stream
         options = schema.source.format_of(name)
-        wanted = (
-            [outcome.key, *outcome.types]
-            if outcome
-            else schema.raw_columns
-            if is_log
-            else [*table_types(schema, stream)]
-        )
+        of_log = schema.raw_columns if is_log else []
+        wanted = [outcome.key, *outcome.types] if outcome else of_log or [*table_types(schema, stream)]
         names = stream_columns(files, options, wanted, schema.source.format_key(name), added if is_log else ())
         for path, columns in names.items():
             if is_log and (both := added & set(columns or ())):
@@ -392,9 +387,13 @@ def commit_job(
 
     Args:
         staging: beside `out`, where the dataset was made elsewhere; None: where it was made.
+    Raises:
+        UserError: another job has made `out` meanwhile, and it is not to be replaced.
     """
     counts = totals.of_job(job, limits) | {"state": state_of(job, config.state.from_ is not None)}
     totals.add_splits(job)
     if staging is not None and staging != job.staging:
         fetch(job.staging, staging)
+    if not config.overwrite and (out / "manifest.json" if on_store(out) else out).exists():
+        raise UserError(_exists(out))
     return commit(staging or job.staging, out, schema, [report.shard for report in job.found(WriteReport)], counts)

@@ -2,7 +2,6 @@
 
 import datetime
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pipeline.dataset.days import MissingDays, day_of, days_in, folder_of_day, r
 from pipeline.dataset.entries import State, StateFile, StateOrigin
 from pipeline.dataset.past_state import meaning, state_id
 from pipeline.storage.files import copy_file
-from pipeline.storage.store_path import on_store, place
+from pipeline.storage.store_path import place
 from pipeline.storage.uploading import uploading
 
 EMPTY = "empty"  # state.from=empty: histories and counters begin without any rows
@@ -167,20 +166,15 @@ def _place(named: str) -> Path:
 
 
 def copy_encoders(reference: Path, staging: Path, schema: Schema) -> None:
-    """Copies the files of the encoders, and nothing that only looks like one. Raises UserError, OSError."""
-    if not on_store(staging):
-        (staging / "encoders" / "vocabularies").mkdir(parents=True)
+    """Copies the files of the encoders, and nothing that only looks like one. Can be repeated. Raises UserError, OSError."""
     for name in encoder_files(schema):
-        source, target = require_file(reference, f"encoders/{name}"), staging / "encoders" / name
-        if on_store(source) or on_store(target):
-            copy_file(source, target)
-        else:
-            with open_regular(source) as content, target.open("xb") as copy:
-                shutil.copyfileobj(content, copy)
+        copied = staging / "encoders" / name
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(require_file(reference, f"encoders/{name}"), copied)
 
 
 def copy_state(start: Start, schema: Schema, target: Path) -> None:
-    """Copies the files of a state into a folder of the job: the dataset may be replaced while the job runs.
+    """Copies the files of a state into a folder of the job: the dataset may be replaced while the job runs. Can be repeated.
 
     Raises:
         UserError: a file is missing, or was changed after it was written.
@@ -192,7 +186,7 @@ def copy_state(start: Start, schema: Schema, target: Path) -> None:
         digest = hashlib.sha256()
         with (
             open_regular(require_file(start.folder, file.path)) as source,
-            uploading(copied) if on_store(copied) else copied.open("xb") as copy,
+            uploading(copied) as copy,
         ):
             while block := source.read(1 << 20):
                 digest.update(block)

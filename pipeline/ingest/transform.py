@@ -227,8 +227,7 @@ def begin(run: Run, spilled: list[tuple[str, str]]) -> Iterator[tuple[int, Work]
     plan = plan_of(run.config, run.schema, run.read, streams)
     job, limits = job_of(run.config, plan, run.staging), limits_of(run.config, plan)
     make_folders(run.staging)
-    if not (run.staging / "encoders").exists():
-        copy_past(plan, job, run.schema)
+    copy_past(plan, job, run.schema)  # again where the engine had another attempt at this
     storage_of(run.staging).write(_plan_file(run), pickle.dumps((job, limits)))
     yield from enumerate(plan.work)
 

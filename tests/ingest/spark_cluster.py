@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,13 +47,17 @@ class SparkCluster:
     def start(self) -> "SparkCluster":
         """Starts it and waits until the master knows its workers."""
         self._run("127.0.0.1", "master.Master", "--port", str(self.port), "--webui-port", str(self.page))
+        end = time.monotonic() + 90
+        # A worker that finds no master tries again only after 5 to 15 s.
+        while not self._listens():
+            assert time.monotonic() < end, f"no Spark master: see {self.folder}"
+            time.sleep(0.05)
         for number in range(self.wanted):
             work = self.folder / f"worker-{number}"
             work.mkdir(parents=True)
             host = f"127.0.0.{number + 1}"  # Spark runs a twin of a task on another host only
             self._run(host, "worker.Worker", self.master, "--cores", "1", "--memory", "1g", "--work-dir", str(work),
                       "--webui-port", "0")  # fmt: skip
-        end = time.monotonic() + 90
         while self.alive() < self.wanted:
             assert time.monotonic() < end, f"no Spark cluster: see {self.folder}"
             assert all(process.poll() is None for process in self.processes), f"Spark ended: see {self.folder}"
@@ -68,6 +73,11 @@ class SparkCluster:
                     command, env=self.env | {"SPARK_LOCAL_IP": host}, stdout=log, stderr=log, start_new_session=True
                 )
             )
+
+    def _listens(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+            return True
+        return False
 
     def alive(self) -> int:
         """Workers that the master knows."""

@@ -326,9 +326,11 @@ def test_what_is_given_and_wrong_is_answered_in_one_line(tmp_path: Path, given: 
 
 def test_a_file_is_written_where_config_dir_reads_it_and_not_replaced(tmp_path: Path) -> None:
     write_csv(tmp_path / "raw" / "log.csv", log(300))
-    for out in ("mine.yaml", "data/mine.json", "data/my schema.yaml", "s3://bucket/data/mine.yaml"):
+    for out in ("mine.yaml", "data/mine.json", "data/my schema.yaml"):
         with pytest.raises(UserError, match="out="):
-            draft(DraftConfig(input=str(tmp_path / "raw"), out=tmp_path / out if ":" not in out else Path(out)))
+            draft(DraftConfig(input=str(tmp_path / "raw"), out=tmp_path / out))
+    with pytest.raises(UserError, match=r"^out=s3:.*: a draft is a file on this machine"):
+        draft(DraftConfig(input=str(tmp_path / "raw"), out=Path("s3://bucket/data/mine.yaml")))
     out = tmp_path / "data" / "mine.yaml"
     draft(DraftConfig(input=str(tmp_path / "raw"), out=out))
     first = out.read_text()

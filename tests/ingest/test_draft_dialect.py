@@ -295,6 +295,6 @@ def test_an_error_of_the_storage_is_none_of_a_folder_without_logs(monkeypatch: p
 
     monkeypatch.setattr(MemoryFileSystem, "glob", forbidden)
     with pytest.raises(
-        UserError, match=r"^memory://b/logs: the storage reports an error: .*403 Forbidden\. Check address"
+        UserError, match=r"^memory://b/logs: the storage reports an error: [^\[]*403 Forbidden\. Check address"
     ):
         find_groups("memory://b/logs", None)

@@ -329,11 +329,16 @@ def test_a_pool_does_not_start_open_to_the_network_or_where_workers_could_do_not
         (["h1:70000"], "is not HOST:PORT"),
         (["::1:50000"], "is not HOST:PORT"),
         (["h1:1", "h2:1", "h1:1"], "h1:1 is there twice"),
+        (["h1:1", "127.0.0.1:1"], "hosts: h1:1 without TASKFUSE_POOL_KEY: whoever listens there could run code here"),
     ],
 )
-def test_hosts_that_are_none_are_refused_before_anything_is_read(named, fault, small_log, small_content, tmp_path):
+def test_hosts_that_are_none_are_refused_before_anything_is_read(
+    named, fault, small_log, small_content, tmp_path, monkeypatch
+):
+    monkeypatch.delenv(handshake.KEY_VARIABLE, raising=False)
     assert fault in refused(small_log, tmp_path / "out", small_content(), runner="hosts", hosts=named)
 
 
-def test_an_address_may_be_ipv6():
+def test_an_address_may_be_ipv6(monkeypatch):
+    monkeypatch.setenv(handshake.KEY_VARIABLE, KEY)
     assert [(each.host, each.port) for each in addresses(["[::1]:50000", "h:1"])] == [("::1", 50000), ("h", 1)]

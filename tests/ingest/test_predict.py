@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from ingest_runs import content_of, no_beam, run
+from test_hosts import started
 
 from features.errors import UserError
 from features.schema.schema import Schema
@@ -26,12 +27,14 @@ from pipeline.evaluation import predictions
 from pipeline.evaluation.scorer import Scorer
 from pipeline.ingest import workers
 from pipeline.ingest.config import PreprocessConfig
+from pipeline.ingest.runners import handshake
 from pipeline.release.predict import predict as module
 from pipeline.release.predict.config import PredictConfig
 from pipeline.release.predict.manifest import Predictions
-from pipeline.release.predict.score import Scoring
+from pipeline.release.predict.score import Scoring, put
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage.store_path import files_below
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
 
@@ -280,7 +283,7 @@ def test_settings_of_the_reading_are_those_of_preprocess() -> None:
     changed = {
         "input": "i", "date": "2026-11-21", "state": {"from": "s"}, "missing_days": "skip", "runner": "flink", "workers": 3,
         "options": ["--o"], "unit_bytes": 11, "bucket_bytes": 12, "broadcast_bytes": 13, "max_unpack_ratio": 14,
-        "max_bad_fraction": 0.5, "min_joined": 0.25,
+        "max_bad_fraction": 0.5, "min_joined": 0.25, "master": "spark://h:1", "hosts": ["h:1"], "scratch": Path("/s"),
     }  # fmt: skip
     assert changed.keys() == shared
     found = PredictConfig(run="r", out="o", **changed).encoding(Path("f"), Path("e"))
@@ -343,3 +346,44 @@ def test_a_worker_that_is_killed_ends_the_job_in_one_line_and_nothing_is_left(
     with pytest.raises(UserError, match=r"^a worker process ended in step score \(signal 9\)\. Nothing was written"):
         world.predict(tmp_path / "out", workers=2)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("places", ["store", "store disk", "disk store"])
+def test_on_a_store_are_the_same_files_and_dead_letters_wherever_they_are_made(
+    places: str, world: World, no_runner: None, memory: Path, tmp_path: Path
+) -> None:
+    """Where `out` is, and then `scratch`."""
+    at = {"store": memory, "disk": tmp_path}
+    out, *scratch = places.split()
+    asked = tmp_path / "asked"
+    write_log(asked, [row | {"price": "dear"} if row["id"] == "r167" else row for row in world.rows], None, LATER)
+    settings = {"input": str(asked), "max_bad_fraction": 0.1}
+    made = world.predict(at[out] / "out", **settings, **({"scratch": at[scratch[0]] / "between"} if scratch else {}))
+    alone = world.predict(tmp_path / "alone", **settings)
+    assert made == alone
+    found = {name: (at[out] / "out" / name).read_bytes() for name in content_of(tmp_path / "alone")}
+    assert found == content_of(tmp_path / "alone")
+    assert {path.parts[len(memory.parts)] for path in files_below(memory)} <= {"out"}
+    assert {path.name for path in tmp_path.iterdir()} - {"out"} <= {"asked", "alone", "between"}
+    assert content_of(tmp_path / "between") == {}
+
+
+def test_of_two_attempts_at_a_file_on_a_store_the_first_ones_bytes_stay_and_are_what_both_report(memory: Path) -> None:
+    scoring = Scoring(None, memory, None, memory, 3, memory, "all", 1, None)
+    assert (
+        put(scoring, 1, b"first") == put(scoring, 1, b"rounded otherwise") == ("part-00001-of-00003.parquet", b"first")
+    )
+
+
+@pytest.mark.system
+def test_workers_on_other_hosts_score_as_a_loop_does(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(handshake.KEY_VARIABLE, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "run_scoring", score_in_a_loop)
+        world.predict(tmp_path / "alone")
+    with started({}) as (pool,):
+        world.predict(tmp_path / "out", runner="hosts", hosts=[pool.address], scratch=tmp_path / "between")
+        assert pool.log.count("started worker") == 1
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "alone")

@@ -97,6 +97,32 @@ def test_hosts_of_another_runner_are_refused():
     assert fault("direct", [], hosts=["h:1"]) == "hosts: runner=direct has none. Set runner=hosts."
 
 
+@pytest.mark.parametrize("runner", ["direct", "hosts", "flink"])
+def test_a_master_of_another_runner_is_refused_by_the_job(runner, small_log, small_content, tmp_path):
+    settings = {"runner": runner, "master": "spark://h:1", "hosts": ["localhost:1"] if runner == "hosts" else []}
+    message = refused(small_log, tmp_path / "out", small_content(), **settings)
+    assert message == f"master: runner={runner} has none. Set runner=spark."
+
+
+def test_spark_is_looked_for_before_anything_is_read_and_paths_that_its_workers_may_not_see_are_named(
+    small_log, small_content, tmp_path, monkeypatch, warnings
+):
+    spark = {"runner": "spark", "master": "local[2]"}
+    message = refused(tmp_path / "nothing", tmp_path / "out", small_content(), **spark, options=["memory=4g"])
+    assert message == "options: memory=4g: with runner=spark each is a setting, as spark.executor.memory=4g"
+    message = refused(tmp_path / "nothing", tmp_path / "out", small_content(), runner="spark", master="yarn")
+    assert message.startswith("master=yarn: runner=spark needs the address of a master")
+    check_reachable(config("spark", [], master="local[2]"))
+    assert warnings == []
+    monkeypatch.setattr(reachable.spark_cluster, "check_master", lambda _: None)
+    check_reachable(config("spark", [], master="spark://127.0.0.1:7077"))
+    assert warnings == []
+    check_reachable(config("spark", [], master="spark://h1:7077,h2:7077", input="s3://b/in"))
+    assert warnings == [
+        "runner=spark: out=out must be mounted at the same path on all workers; where it is not, give URLs"
+    ]
+
+
 def test_flags_that_work_are_taken_and_mounted_paths_of_other_machines_are_named(monkeypatch, warnings):
     monkeypatch.setattr(reachable, "connect", lambda *_: None)
     monkeypatch.setattr(reachable.shutil, "which", lambda name: f"/usr/bin/{name}")

@@ -121,7 +121,8 @@ def test_a_driver_that_is_killed_commits_nothing_and_the_next_cleans_up(
     assert driver.returncode == -signal.SIGKILL
     assert not out.exists()
     assert list(out.parent.iterdir()) != []  # its staging
-    run(small_log, out, small_content(), **on_spark())
+    with no_beam():
+        run(small_log, out, small_content(), **SIZES)
     assert content_of(out) == in_a_loop
     assert list(out.parent.iterdir()) == [out]
 
@@ -143,14 +144,6 @@ def test_a_cluster_without_room_for_an_executor_ends_the_job_in_time(small_log, 
     settings = on_spark("spark.executor.memory=100g", "spark.taskfuse.wait=6")
     message = refused(small_log, tmp_path / "out", small_content(), **settings)
     assert "has given no executor within 6 s" in message
-
-
-def test_a_failure_in_a_step_is_the_one_line_of_the_job(small_log, small_content, on_spark, tmp_path):
-    content = small_content()
-    content["source"]["types"]["qty"] = "float"
-    content["split"] = {"by": "time", "valid_from": "1970-01-02", "test_from": "1999-01-03"}
-    message = refused(small_log, tmp_path / "out", content, **on_spark() | {"master": "local[2]"})
-    assert message.startswith("split")
 
 
 def test_a_server_that_is_no_master_is_given_up_in_time(small_log, small_content, on_spark, tmp_path):

@@ -3,7 +3,6 @@
 import os
 import pickle
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from features.errors import UserError
 from pipeline.ingest.runners import spark_cluster, spark_tasks
 from pipeline.ingest.runners.beam_compat import FnApiRunner, WindowedValue, beam, errors_only
 from pipeline.ingest.runners.spark import SparkResult, SparkRunner, run_steps
-from pipeline.ingest.runners.spark_tasks import Step, check_versions
+from pipeline.ingest.runners.spark_tasks import Measured, Step, check_versions
 from pipeline.ingest.runners.spark_translation import transforms_of, translate
 
 needs_java = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
@@ -40,9 +39,9 @@ def runner(context) -> SparkRunner:
 
     class Shared(SparkRunner):
         def run_pipeline(self, pipeline, options):
-            counters = Counter()
-            translate(transforms_of(pipeline), partial(run_steps, context, counters))
-            return SparkResult(counters)
+            measured = Measured()
+            translate(transforms_of(pipeline), partial(run_steps, context, measured))
+            return SparkResult(measured)
 
     return Shared(LOCAL, {})
 
@@ -113,7 +112,7 @@ OPERATIONS: dict[str, Callable[[beam.PCollection, str], beam.PCollection]] = {
 
 @needs_java
 @pytest.mark.integration
-@settings(max_examples=4, deadline=None, database=None, phases=[Phase.generate])
+@settings(max_examples=2, deadline=None, database=None, phases=[Phase.generate])
 @given(st.lists(st.integers(0, 99), max_size=5), st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=4, max_size=7))
 def test_random_pipelines_make_what_beams_own_runner_makes(runner, elements, names):
     def build(pipeline: beam.Pipeline) -> beam.PCollection:
@@ -158,6 +157,7 @@ def test_a_task_is_an_element_and_one_that_fails_is_tried_again_but_counted_once
             assert self.set_up
             self.elements += 1
             beam.metrics.Metrics.counter("mine", "seen").inc(element)
+            beam.metrics.Metrics.distribution("mine", "sizes").update(element)
             mark = Path(folder, str(element))
             if element == 2 and not mark.exists():
                 mark.touch()
@@ -175,6 +175,9 @@ def test_a_task_is_an_element_and_one_that_fails_is_tried_again_but_counted_once
     counters = {each.key.metric.name: each for each in pipeline.result.metrics().query()["counters"]}
     assert {name: each.result for name, each in counters.items()} == {"seen": 7, "bundles": 3}
     assert counters["seen"].key.step == "count"
+    (sizes,) = pipeline.result.metrics().query()["distributions"]
+    assert (sizes.key.metric.name, sizes.result.sum, sizes.result.count) == ("sizes", 7, 3)
+    assert (sizes.committed.min, sizes.committed.max) == (1, 4)
     assert pipeline.result.wait_until_finish() == pipeline.result.state == "DONE"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4", "[1, 1, 1]"]
     only = beam.metrics.MetricsFilter().with_name("bundles")
@@ -201,6 +204,15 @@ def test_a_user_error_on_a_worker_is_one_line_at_once_and_a_defect_its_python_tr
     assert "step divide: Traceback" in str(caught.value)
     assert str(caught.value).endswith("ZeroDivisionError: division by zero")
     assert "\tat " not in str(caught.value)
+
+
+@needs_java
+@pytest.mark.integration
+def test_a_process_that_has_an_application_of_its_own_is_one_line(context):
+    line = r"^runner=spark: Spark does not start: .*existing SparkContext\(app=[^\n]*$"
+    with pytest.raises(UserError, match=line), spark_cluster.application(LOCAL, {}):
+        pass
+    assert context.parallelize([1, 2]).count() == 2
 
 
 # Without Spark

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from ingest_runs import content_of, run
 from store_fixtures import FaultProxy
@@ -14,6 +15,8 @@ from test_job_day_state import content, day, drawn_rows, write_log
 from features.errors import UserError
 from jobs import inspect
 from pipeline.dataset.dataset import Dataset, open_dataset
+from pipeline.dataset.entries import StateFile
+from pipeline.dataset.past_state import opened
 from pipeline.dataset.verify import verify
 from pipeline.ingest import batch_objects, shuffle
 from pipeline.ingest.files import find, open_raw
@@ -214,3 +217,41 @@ def test_a_log_is_generated_on_a_store_as_on_disk(memory: StorePath, tmp_path):
             generate(config, out)
     assert on(memory / "raw") == on(tmp_path / "raw")
     assert len(re.findall("impressions", str(on(memory / "raw").keys()))) == 2
+
+
+def test_of_a_state_on_a_store_only_the_row_groups_of_a_bucket_are_fetched(memory: StorePath, tmp_path, monkeypatch):
+    rng, groups = np.random.default_rng(0), 8
+    columns = pa.schema(
+        [("key", pa.string()), ("known", pa.int64()), ("value", pa.float64()), ("weight", pa.float64())]
+    )
+    with pq.ParquetWriter(tmp_path / "ctr.parquet", columns, write_page_checksum=True) as writer:
+        for _ in range(groups):
+            rows = 100_000
+            keys, known = pa.array(["k"] * rows), pa.array(rng.integers(1 << 60, size=rows))
+            writer.write_table(pa.table([keys, known, rng.random(rows), rng.random(rows)], schema=columns))
+    content = (tmp_path / "ctr.parquet").read_bytes()
+    (memory / "ctr.parquet").write_bytes(content)
+    entry = StateFile(
+        path="ctr.parquet",
+        bytes=len(content),
+        sha256="0" * 64,
+        name="ctr",
+        definition="0" * 16,
+        row_groups=[100_000] * groups,
+    )
+    fetched: list[int] = []
+    ranges = type(memory.system).cat_ranges
+
+    def counted(system, paths, starts, ends, **options):
+        fetched.extend(end - start for start, end in zip(starts, ends, strict=True))
+        return ranges(system, paths, starts, ends, **options)
+
+    monkeypatch.setattr(type(memory.system), "cat_ranges", counted)
+    with opened(memory, entry, columns, [3, 4]) as parquet:
+        assert parquet.read_row_groups([3, 4]).equals(pq.ParquetFile(tmp_path / "ctr.parquet").read_row_groups([3, 4]))
+    assert len(content) / 4 < sum(fetched) < len(content) / 2
+    damaged = bytearray(content)
+    damaged[pq.read_metadata(tmp_path / "ctr.parquet").row_group(3).column(1).data_page_offset + 5] ^= 255
+    (memory / "ctr.parquet").write_bytes(bytes(damaged))
+    with pytest.raises(UserError, match=rf"^{memory}/ctr.parquet"), opened(memory, entry, columns, [3, 4]) as parquet:
+        parquet.read_row_groups([3, 4])

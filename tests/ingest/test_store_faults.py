@@ -131,9 +131,8 @@ with no_beam():
 """
 
 
-@pytest.mark.parametrize("moment", ["steps", "commit"])
-def test_a_killed_driver_leaves_no_dataset_and_the_next_one_cleans_up(
-    moment, through_proxy: StorePath, proxy: FaultProxy, small_log, small_content, wanted, tmp_path
+def test_a_driver_that_is_killed_while_it_commits_leaves_no_dataset_and_the_next_one_cleans_up(
+    through_proxy: StorePath, proxy: FaultProxy, small_log, small_content, wanted, tmp_path
 ):
     out, schema = through_proxy / "out", tmp_path / "schema.yaml"
     schema.write_text(yaml.safe_dump(small_content(), sort_keys=False))
@@ -141,21 +140,22 @@ def test_a_killed_driver_leaves_no_dataset_and_the_next_one_cleans_up(
         [sys.executable, "-c", KILLED, str(small_log), str(schema), str(out), str(SIZES)],
         env=os.environ | {"PYTHONPATH": ENVIRONMENT["PYTHONPATH"]},
     )
-    kind, count = ("scratch", 12) if moment == "steps" else (f"{out.key}/", 3)
-    with after_requests(proxy, put(kind), count, lambda: process.send_signal(signal.SIGKILL)):
+    with after_requests(proxy, put(f"{out.key}/"), 3, lambda: process.send_signal(signal.SIGKILL)):
         assert process.wait() == -signal.SIGKILL
     assert len(files_below(through_proxy)) > 3
     assert not (out / "manifest.json").is_file()
-    assert (moment == "commit") == bool(files_below(out))
-    # A commit that had begun is ended.
-    with no_beam(), pytest.raises(UserError, match="exists") if moment == "commit" else nullcontext():
+    assert files_below(out)
+    with no_beam(), pytest.raises(UserError, match="exists"):  # after it has ended what was begun
         run(small_log, out, small_content(), **SIZES)
     assert on(out) == wanted
     assert names(through_proxy) == {"out"}
 
 
-def test_of_two_jobs_that_write_the_same_dataset_one_wins(s3: StorePath, small_log, small_content, wanted, monkeypatch):
-    out, commits = s3 / "out", list[str]()
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_jobs_that_write_the_same_dataset_one_wins_the_first_unless_it_may_be_replaced(
+    overwrite: bool, memory: StorePath, small_log, small_content, wanted, monkeypatch
+):
+    out, commits = memory / "out", list[str]()
     whole = ingest_job.commit_job
 
     def commit_after_another(*given: object) -> object:
@@ -165,9 +165,9 @@ def test_of_two_jobs_that_write_the_same_dataset_one_wins(s3: StorePath, small_l
         return whole(*given)
 
     monkeypatch.setattr(ingest_job, "commit_job", commit_after_another)
-    with no_beam():
-        run(small_log, out, small_content(), seed=1, **SIZES)
+    with no_beam(), nullcontext() if overwrite else pytest.raises(UserError, match=rf"^{out} exists\. Choose another"):
+        run(small_log, out, small_content(), seed=1, overwrite=overwrite, **SIZES)
     assert on(out).keys() == wanted.keys()
-    assert on(out) != wanted  # all of it is of the job that ended last
-    assert len({name for name, content in on(out).items() if wanted[name] != content}) > 3
-    assert names(s3) == {"out"}
+    other = [name for name, content in on(out).items() if wanted[name] != content]
+    assert len(other) > 3 if overwrite else not other  # all of it is of one job
+    assert names(memory) == {"out"}

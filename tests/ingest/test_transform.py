@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-from ingest_runs import SPLITS, dead_letters_of, no_beam, rows_by_id, run
+from ingest_runs import SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, run
 
 from features.errors import UserError
 from features.schema.schema import Schema
@@ -139,7 +139,7 @@ def alone(small_content) -> dict[str, Any]:
 
 @pytest.mark.parametrize("where", ["folder", "store"])
 def test_two_equal_batches_are_twice_the_rows(where, small_log, alone, tmp_path, request):
-    scratch = tmp_path / "scratch" if where == "folder" else request.getfixturevalue("s3")
+    scratch = tmp_path / "scratch" if where == "folder" else request.getfixturevalue("memory")
     batches = batches_of(small_log, "impressions-*")
     transform = Preprocess(Schema.parse(alone, where="mine.yaml"), str(scratch), rows_per_row_group=400)
     manifest = in_a_loop(transform, {"impressions": [*batches, batches[0]]})
@@ -159,6 +159,25 @@ def test_encoders_of_a_dataset_encode_batches_without_labels(of_files, small_log
     )
     assert sorted(ours) == sorted(ids)
     assert all(ours[id_][name] == theirs[id_][name] for id_ in ids for name in schema.columns)
+
+
+@pytest.mark.parametrize("killed_after", ["encoders/encoders.json", "scratch/plan"])
+def test_encoders_and_a_state_are_copied_again_by_a_second_attempt(
+    killed_after, small_log, alone, steps_alone, tmp_path
+):
+    alone["source"]["counters"] = {"spent": {"by": "user", "of": "price", "take": "sum"}}
+    alone["dense"]["spent"] = {}
+    run(small_log, tmp_path / "past", alone, **SIZES)
+    schema, settings = Schema.parse(alone, where="mine.yaml"), {"state": {"from": str(tmp_path / "past")}} | SIZES
+    use = Preprocess(schema, tmp_path / "scratch", tmp_path / "past", **settings).run
+    spilled = [spill(use.folder, "impressions", batch) for batch in batches_of(small_log, "impressions-*")]
+    work = list(begin(use, spilled))
+    whole = content_of(use.staging)
+    for name in whole:
+        if name != killed_after:
+            (use.staging / name).unlink()
+    assert list(begin(use, spilled)) == work
+    assert content_of(use.staging).keys() == whole.keys()
 
 
 def test_what_is_wrong_with_rows_stops_the_pipeline_with_the_line_of_the_job(small_log, alone, tmp_path):

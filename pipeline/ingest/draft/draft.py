@@ -77,7 +77,9 @@ def draft(config: DraftConfig) -> Drafted:
 def check_out(config: DraftConfig) -> None:
     """Raises UserError where the file is there already, or --config-dir would not read it."""
     out = config.out
-    if re.match(r"\w+:/", str(out)) or out.suffix != ".yaml" or out.absolute().parent.name != "data":
+    if re.match(r"\w+:/", str(out)):
+        raise UserError(f"out={out}: a draft is a file on this machine, such as my/conf/data/mine.yaml")
+    if out.suffix != ".yaml" or out.absolute().parent.name != "data":
         raise UserError(
             f"out={out}: a schema is read from DIR/data/NAME.yaml: write it so, such as my/conf/data/mine.yaml"
         )

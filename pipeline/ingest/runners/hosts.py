@@ -22,6 +22,7 @@ from features.errors import UserError, join_faults, one_line
 from pipeline.ingest import workers
 from pipeline.ingest.messages import Failure, ReadWork, Report
 from pipeline.ingest.runners import handshake
+from pipeline.ingest.runners.pool import is_loopback
 from pipeline.ingest.state import Job
 from pipeline.storage.store_path import on_store
 
@@ -42,13 +43,24 @@ class Address:
 
 
 def addresses(hosts: Sequence[str]) -> list[Address]:
-    """The pools of `hosts`. Raises UserError for none, a malformed or a repeated one."""
+    """The pools of `hosts`.
+
+    Raises:
+        UserError: there are none, or one is malformed, there twice, or on another machine while this job has no secret: it
+            would unpickle what anyone who listens at that address sends.
+    """
     if not hosts:
         raise UserError("runner=hosts: set hosts=[HOST:50000,…], of worker pools (pipeline/ingest/runners/README.md)")
     found = [address(text, "hosts") for text in hosts]
     for each in found:
         if found.count(each) > 1:
             raise UserError(f"hosts: {each.text} is there twice. Set workers= for more processes on each host.")
+    far = [each.text for each in found if not is_loopback(each.host)]
+    if far and not handshake.key_of_environment():
+        raise UserError(
+            f"hosts: {', '.join(far)} without {handshake.KEY_VARIABLE}: whoever listens there could run code here. Set it to "
+            "the secret of the pools."
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from features.errors import UserError, did_you_mean, join_faults, one_line
 from pipeline.ingest.config import PreprocessConfig
-from pipeline.ingest.runners import beam_compat
+from pipeline.ingest.runners import beam_compat, spark_cluster
 from pipeline.ingest.runners.hosts import Address, address, addresses
 from pipeline.ingest.runners.pool import is_loopback
 from pipeline.storage.store_path import on_store
@@ -35,7 +35,12 @@ def check_reachable(config: PreprocessConfig) -> None:
     elif config.hosts:
         raise UserError(f"hosts: runner={config.runner} has none. Set runner=hosts.")
     if config.runner == "spark":
+        spark_cluster.settings_of(config.options)
+        spark_cluster.check_master(config.master)
+        warn_of_paths(config, str(config.master))
         return
+    if config.master is not None:
+        raise UserError(f"master: runner={config.runner} has none. Set runner=spark.")
     flags = beam_compat.flags_of(config.options)
     described = set()
     endpoint = flags.known.get("job_endpoint")

@@ -3,7 +3,6 @@
 See spark_translation for what becomes of a pipeline, spark_tasks for what runs on a worker, spark_cluster for the connection.
 """
 
-from collections import Counter
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,14 @@ from pipeline.ingest.config import PreprocessConfig
 from pipeline.ingest.runners import spark_cluster, spark_tasks
 from pipeline.ingest.runners.beam_compat import PipelineOptions, beam
 from pipeline.ingest.runners.spark_compat import (
-    MetricKey,
+    DistributionResult,
     MetricResult,
     MetricResults,
     PipelineResult,
     PipelineRunner,
     PipelineState,
 )
-from pipeline.ingest.runners.spark_tasks import Bundle
+from pipeline.ingest.runners.spark_tasks import Bundle, Measured
 from pipeline.ingest.runners.spark_translation import Collection, transforms_of, translate
 
 if TYPE_CHECKING:
@@ -47,15 +46,15 @@ class SparkRunner(PipelineRunner):
 
     def run_pipeline(self, pipeline: beam.Pipeline, options: PipelineOptions) -> "SparkResult":  # noqa: ARG002
         """Raises UserError where the cluster cannot be used, or a step raises one."""
-        counters: Counter[MetricKey] = Counter()
+        measured = Measured()
         transforms = transforms_of(pipeline)
         with spark_cluster.application(self.master, self.settings) as context:
-            translate(transforms, partial(run_steps, context, counters))
-        return SparkResult(counters)
+            translate(transforms, partial(run_steps, context, measured))
+        return SparkResult(measured)
 
 
-def run_steps(context: "SparkContext", counters: Counter[MetricKey], collection: Collection) -> list[list[Any]]:
-    """The elements of each bundle after its steps; what these counted is added to `counters`."""
+def run_steps(context: "SparkContext", measured: Measured, collection: Collection) -> list[list[Any]]:
+    """The elements of each bundle after its steps; what these measured is added to `measured`."""
     labels = " | ".join(dict.fromkeys(step.label for step in collection.steps))
     if collection.on_driver:
         try:
@@ -69,7 +68,7 @@ def run_steps(context: "SparkContext", counters: Counter[MetricKey], collection:
     if failures := [bundle.failure for bundle in made if bundle.failure]:
         raise UserError(failures[0])
     for bundle in made:
-        counters.update(bundle.counters)
+        measured.add(bundle.measured.counters, bundle.measured.distributions)
     return [bundle.elements for bundle in made]
 
 
@@ -84,26 +83,31 @@ def _on_workers(context: "SparkContext", collection: Collection, labels: str) ->
 class SparkResult(PipelineResult):
     """Of a pipeline that has ended."""
 
-    def __init__(self, counters: Counter[MetricKey]) -> None:
+    def __init__(self, measured: Measured) -> None:
         super().__init__(PipelineState.DONE)
-        self.counters = counters
+        self.measured = measured
 
     def wait_until_finish(self, duration: int | None = None) -> str:  # noqa: ARG002
         """Its state: it has ended."""
         return self.state
 
     def metrics(self) -> "SparkMetrics":
-        """Its counters."""
-        return SparkMetrics(self.counters)
+        """Its counters and distributions."""
+        return SparkMetrics(self.measured)
 
 
 class SparkMetrics(MetricResults):
-    """Counters of a pipeline, those of attempts whose result was not taken left out."""
+    """Metrics of a pipeline, those of attempts whose result was not taken left out."""
 
-    def __init__(self, counters: Counter[MetricKey]) -> None:
-        self.counters = counters
+    def __init__(self, measured: Measured) -> None:
+        self.measured = measured
 
     def query(self, filter: Any = None) -> dict[str, list[MetricResult]]:
-        """Counters that match a filter; there are no other metrics."""
-        found = [MetricResult(k, value, value) for k, value in self.counters.items() if self.matches(filter, k)]
-        return {self.COUNTERS: found, self.DISTRIBUTIONS: [], self.GAUGES: [], self.STRINGSETS: []}
+        """Counters and distributions that match a filter; gauges and sets of strings are not kept."""
+        counters = self.measured.counters
+        distributions = {key: DistributionResult(data) for key, data in self.measured.distributions.items()}
+        found = [
+            [MetricResult(key, value, value) for key, value in each.items() if self.matches(filter, key)]
+            for each in (counters, distributions)
+        ]
+        return {self.COUNTERS: found[0], self.DISTRIBUTIONS: found[1], self.GAUGES: [], self.STRINGSETS: []}

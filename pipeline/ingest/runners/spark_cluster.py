@@ -143,7 +143,7 @@ def _context(settings: dict[str, str], deadline: float) -> "SparkContext":
     watch.start()
     try:
         return SparkContext(conf=SparkConf().setAll([*settings.items()]), gateway=gateway)
-    except (Py4JError, OSError, AttributeError) as error:
+    except (Py4JError, OSError, AttributeError, ValueError) as error:  # the last where this process has one already
         if late.is_set():
             raise UserError(
                 f"{settings['spark.master']} answers, but has registered no application within {settings[WAIT]} s. Is it the "

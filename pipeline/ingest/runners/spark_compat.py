@@ -1,9 +1,10 @@
-"""What the Spark runner takes of Beam that is not documented. With tests/ingest/test_spark_runner.py."""
+"""What the Spark runner takes of Beam that is not documented. With tests/ingest/test_spark_translation.py."""
 
 from pipeline.ingest.runners.beam_compat import beam  # first: it imports Beam quietly
 
 # isort: split
 from apache_beam.internal import pickler
+from apache_beam.metrics.cells import DistributionData, DistributionResult
 from apache_beam.metrics.execution import MetricKey, MetricResult, MetricsContainer
 from apache_beam.metrics.metric import MetricResults
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
@@ -12,9 +13,9 @@ from apache_beam.runners.worker.statesampler import set_current_tracker
 from apache_beam.transforms.window import TimestampedValue
 
 __all__ = [
-    "AppliedPTransform", "MetricKey", "MetricResult", "MetricResults", "MetricsContainer", "PipelineResult",
-    "PipelineRunner", "PipelineState", "PipelineVisitor", "TimestampedValue", "pickler", "set_current_tracker",
-    "takes_parameters",
+    "AppliedPTransform", "DistributionData", "DistributionResult", "MetricKey", "MetricResult", "MetricResults",
+    "MetricsContainer", "PipelineResult", "PipelineRunner", "PipelineState", "PipelineVisitor", "TimestampedValue",
+    "pickler", "set_current_tracker", "takes_parameters",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from zipimport import zipimporter
 from features.errors import UserError
 from pipeline.ingest.runners.beam_compat import WindowedValue, beam
 from pipeline.ingest.runners.spark_compat import (
+    DistributionData,
     MetricKey,
     MetricsContainer,
     TimestampedValue,
@@ -43,6 +44,21 @@ class Step:
 
 
 @dataclass
+class Measured:
+    """What steps counted and measured, as Beam's metrics."""
+
+    counters: Counter[MetricKey] = field(default_factory=Counter)
+    distributions: dict[MetricKey, DistributionData] = field(default_factory=dict)
+
+    def add(self, counters: dict[MetricKey, int], distributions: dict[MetricKey, DistributionData]) -> None:
+        """Adds those of one more bundle or step."""
+        self.counters.update(counters)
+        for key, data in distributions.items():
+            known = self.distributions.get(key)
+            self.distributions[key] = known.combine(data) if known else data
+
+
+@dataclass
 class Bundle:
     """What a task returns: with its result, so that of two attempts at a task one counts.
 
@@ -51,7 +67,7 @@ class Bundle:
     """
 
     elements: list[Any] = field(default_factory=list)
-    counters: Counter[MetricKey] = field(default_factory=Counter)
+    measured: Measured = field(default_factory=Measured)
     failure: str | None = None
 
 
@@ -99,7 +115,8 @@ def run_bundle(steps: tuple[Step, ...], elements: Iterable[Any]) -> Bundle:
             tracker = Tracker(step.label)
             set_current_tracker(tracker)
             bundle.elements = list(_through(fn, args, named, bundle.elements))
-            bundle.counters.update(tracker.container.get_cumulative().counters)
+            found = tracker.container.get_cumulative()
+            bundle.measured.add(found.counters, found.distributions)
     except BaseException:
         unload()  # whose state is not known any more
         raise

@@ -1,14 +1,10 @@
 """The state of histories and counters: events of earlier datasets that a bucket begins with, and step `write_state`."""
 
-from contextlib import ExitStack
-from pathlib import Path
-
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from features.hashing import bucket_of
-from features.regular_files import local_file
 from pipeline.dataset.entries import StateFile
 from pipeline.dataset.past_state import definition, event_columns, opened, read_group, state_file
 from pipeline.ingest import shuffle
@@ -30,20 +26,11 @@ def earlier_events(job: Job, name: str, bucket: int) -> pl.DataFrame | None:
     # A bucket is a range of hashes, and so is a row group: this one's first and last value, and the groups with these.
     first, last = -(-(bucket << 32) // job.buckets), -(-((bucket + 1) << 32) // job.buckets) - 1
     groups, found = range(first * count >> 32, (last * count >> 32) + 1), [columns.empty_table()]
-    with opened(job.begun, file, columns, groups, _copy(job, file.path)) as parquet:
+    with opened(job.begun, file, columns, groups) as parquet:
         for number in groups:
             events = read_group(parquet, number, job.start.folder / file.path)
             found.append(events.filter(pa.array(bucket_of(events["key"].combine_chunks(), job.buckets) == bucket)))
     return pl.from_arrow(pa.concat_tables(found))  # type: ignore[return-value]
-
-
-def _copy(job: Job, name: str) -> Path:
-    """A file of the state that the job begins from, on this machine: of one on a store a copy, made once a worker."""
-    key = f"state {name}"
-    if key not in job.cache:
-        stack = ExitStack()  # which ends with the job's cache
-        job.cache[key] = stack, stack.enter_context(local_file(job.begun / name))
-    return job.cache[key][1]
 
 
 def write_state(job: Job, work: WriteStateWork) -> WriteStateReport:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,22 +13,23 @@ from features.schema.unlabelled import for_scoring
 from pipeline import cores
 from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.days import chosen_days
+from pipeline.dataset.listing import each_of
 from pipeline.dataset.manifest import Manifest
 from pipeline.evaluation.weights import ModelWeights, check_encoders
-from pipeline.ingest import workers
 from pipeline.ingest.job import preprocess
 from pipeline.ingest.messages import Failure, Report, from_json, to_json
 from pipeline.ingest.progress import Progress, record_total
-from pipeline.ingest.staging import staging_of
+from pipeline.ingest.runners.hosts import workers_of
+from pipeline.ingest.staging import folders_of
 from pipeline.ingest.state import RESERVE_FILE
 from pipeline.release.predict.config import PredictConfig
 from pipeline.release.predict.manifest import Model, Predictions, release
 from pipeline.release.predict.score import STEP, ScoreReport, Scoring, run_score
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.storage.files import remove_tree, storage_of, write_json
+from pipeline.storage.files import copy_file, remove_tree, storage_of, write_json
 from pipeline.storage.staging import recover
-from pipeline.storage.store_path import place
+from pipeline.storage.store_path import on_store, place
 
 
 def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
@@ -41,8 +41,7 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
     """
     out = config.out.resolve()
     recover(out)
-    if out.exists():
-        raise UserError(f"{out} exists. Choose another out=.")
+    _check_new(out)
     run = Run(config.run)
     known = _known(run, config)
     step = checkpoint.chosen(run.checkpoints, config.step)
@@ -50,24 +49,30 @@ def predict(config: PredictConfig) -> tuple[Predictions, Manifest]:
     weights = ModelWeights(run, known.only(run.config().get("tasks")), ["test"], config.batch_size)
     weights.check_fits(step)
     schema = for_scoring(known.schema, config.columns, "columns")
-    with checkpoint.reading(path) as found, staging_of(out) as staging:
+    with checkpoint.reading(path) as found, folders_of(out, config.scratch) as (staging, scratch):
         check_encoders(path, found, weights.dataset)
         model = Model(
             run=str(run.path.absolute()), step=step, checkpoint=found.checksum,
             fingerprint=known.manifest.fingerprint, encoders=known.encoders_id, taskfuse=release(),
         )  # fmt: skip
-        scratch = staging / "scratch"
         encoding = config.encoding(scratch / "dataset", known.encoded_by)
+        # As preprocess: workers of other machines may see the files between steps, but not the folder beside `out`.
+        made = scratch / "made" if on_store(scratch) and not on_store(staging) else staging
         try:
             encoded = preprocess(encoding, schema)
             scoring = Scoring(
-                model, encoding.folder, run.config().get("tasks"), scratch, scratch / "progress",
+                model, encoding.folder, run.config().get("tasks"), made, len(encoded.shards), scratch,
                 config.tables, config.batch_size, _threads(config),
             )  # fmt: skip
             run_scoring(config, scoring, encoded)
             return _commit(scoring, encoded, staging, out), encoded
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error}. Nothing of it is left.") from None
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists. Choose another out=.")
 
 
 def _known(run: Run, config: PredictConfig) -> Dataset:
@@ -93,8 +98,9 @@ def run_scoring(config: PredictConfig, scoring: Scoring, encoded: Manifest) -> N
     """Scores all shards on the configured runner. Raises UserError for the first failure."""
     do, shards = partial(run_score, scoring), encoded.shards
     record_total(scoring.progress, STEP, len(shards))
-    several = config.runner == "direct" and config.workers > 1
-    with workers.started(config.workers, do, STEP, shards) if several else nullcontext():
+    places = [scoring.folder, scoring.made, scoring.dataset, place(scoring.model.run)]
+    seen = [(str(path), None) for path in places if not on_store(path)]
+    with workers_of(config, do, STEP, shards, seen):
         from pipeline.ingest.runners.pipelines import run_one_step
 
         with Progress(scoring.progress, [STEP], 0):
@@ -129,16 +135,20 @@ def _columns(file: Path) -> list[str]:
 
 
 def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Predictions:
-    """Names the files, writes the manifest last, drops the scratch folder and moves the rest into place in one rename."""
+    """Brings the files together in `staging`, the manifest last, and commits it. Raises UserError where `out` exists by now."""
     reports = from_json(ScoreReport, json.loads((scoring.folder / "score.json").read_text()))
-    named = []
-    for index, report in enumerate(reports):
-        name = f"part-{index:05d}-of-{len(reports):05d}.parquet"
-        (scoring.folder / report.file.path).rename(staging / name)
-        named.append(report.file.model_copy(update={"path": name}))
+    named = [report.file.model_copy(update={"path": scoring.name(n)}) for n, report in enumerate(reports)]
+    made = [(scoring.made / report.file.path, staging / file.path) for report, file in zip(reports, named, strict=True)]
+    if not on_store(scoring.made):
+        for source, target in made:
+            source.rename(target)
+    elif scoring.made != staging:
+        each_of(scoring.made, lambda pair: copy_file(*pair), made)
     if encoded.dead_letter_files:
-        (scoring.dataset / "dead_letters").rename(staging / "dead_letters")
-    made = Predictions(
+        (staging / "dead_letters").mkdir()
+    bad = [(scoring.dataset / file.path, staging / file.path) for file in encoded.dead_letter_files]
+    each_of(staging, lambda pair: copy_file(*pair), bad)
+    predictions = Predictions(
         model=scoring.model,
         columns=_columns(staging / named[0].path),
         rows=sum(file.rows for file in named),
@@ -148,7 +158,8 @@ def _commit(scoring: Scoring, encoded: Manifest, staging: Path, out: Path) -> Pr
         dead_letter_examples=encoded.dead_letter_examples,
         files=named,
     )
-    write_json(staging / "manifest.json", made.model_dump())
+    write_json(staging / "manifest.json", predictions.model_dump())
     remove_tree(staging / "scratch")
+    _check_new(out)
     storage_of(out).commit(staging, out)
-    return made
+    return predictions

@@ -3,6 +3,7 @@
 # Shapes: B rows of a batch, N rows of a shard, T tasks.
 
 import hashlib
+import uuid
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,8 @@ from pipeline.ingest.messages import Failure, Report
 from pipeline.ingest.steps import reported
 from pipeline.release.predict.manifest import Model, PredictionFile
 from pipeline.run.run import Run
-from pipeline.storage.files import storage_of
-from pipeline.storage.store_path import place
+from pipeline.storage.files import storage_of, write_new
+from pipeline.storage.store_path import StorePath, place
 
 STEP = "score"
 
@@ -35,7 +36,8 @@ class Scoring:
 
     Attributes:
         dataset: of the encoded rows. tasks: of the run; None: all.
-        folder: in which files are written, under temporary names. progress: see pipeline.ingest.progress.
+        made: folder that becomes that of the predictions; what lies in its scratch/ is none of them.
+        files: of predictions, one a shard. folder: of the steps' messages.
         threads: of the model; None: what torch takes.
         cache: what a worker has loaded.
     """
@@ -43,12 +45,22 @@ class Scoring:
     model: Model
     dataset: Path
     tasks: list[str] | None
+    made: Path
+    files: int
     folder: Path
-    progress: Path
     tables: Tables
     batch_size: int
     threads: int | None
     cache: dict[str, ModelWeights] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def progress(self) -> Path:
+        """Folder in which workers record their progress (see pipeline.ingest.progress)."""
+        return self.folder / "progress"
+
+    def name(self, number: int) -> str:
+        """Of the file of a shard."""
+        return f"part-{number:05d}-of-{self.files:05d}.parquet"
 
     @property
     def weights(self) -> ModelWeights:
@@ -71,7 +83,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ScoreReport(Report):
-    """A file that was written under a temporary name."""
+    """A file that was written, `path` in Scoring.made."""
 
     step: ClassVar[str] = STEP
     file: PredictionFile
@@ -79,22 +91,37 @@ class ScoreReport(Report):
 
 def run_score(scoring: Scoring, step: str, number: int, shard: Shard) -> Report | Failure:
     """Scores a shard."""
-    return reported(
-        partial(write_scored, scoring, number, shard), scoring.folder.parents[1], scoring.progress, step, number
-    )
+    return reported(partial(write_scored, scoring, number, shard), scoring.made.parent, scoring.progress, step, number)
 
 
 def write_scored(scoring: Scoring, number: int, shard: Shard) -> ScoreReport:
     """Writes the predictions of a shard. Raises UserError, OSError."""
-    path = scoring.folder / f"part-{number:05d}.parquet"
     table = scored(scoring.weights, shard, scoring.model)
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(sink, table.schema, compression="zstd", write_page_checksum=True) as writer:
         writer.write_table(table)
-    content = sink.getvalue().to_pybytes()
-    storage_of(path).write(path, content)
+    name, content = put(scoring, number, sink.getvalue().to_pybytes())
     digest = hashlib.sha256(content).hexdigest()
-    return ScoreReport(PredictionFile(path=path.name, rows=table.num_rows, bytes=len(content), sha256=digest))
+    return ScoreReport(PredictionFile(path=name, rows=table.num_rows, bytes=len(content), sha256=digest))
+
+
+def put(scoring: Scoring, number: int, content: bytes) -> tuple[str, bytes]:
+    """Writes a file; returns its path in Scoring.made, and what is in it.
+
+    On a store it has its final name at once, and where another attempt has put it before, that one's content stays: another
+    machine may round the last digit otherwise. Elsewhere each attempt has a name of its own, to be renamed.
+    """
+    name = scoring.name(number)
+    path = scoring.made / name
+    if isinstance(path, StorePath):
+        try:
+            write_new(path, content)
+        except FileExistsError:
+            content = path.read_bytes()
+        return name, content
+    name = f"scratch/part-{number:05d}-{uuid.uuid4().hex}"
+    storage_of(path).write(scoring.made / name, content)
+    return name, content
 
 
 @torch.inference_mode()
