@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pipeline.storage.store_path import place
 CACHE = "TASKFUSE_PACKAGES"  # environment: the folder; without it taskfuse/packages in XDG_CACHE_HOME or ~/.cache
 MOST_PACKAGES = 8  # that are kept, the ones used last
 READ_BYTES, READS = 8 << 20, 4  # of a read, and how many at a time
+FILES = 4  # at a time
 
 
 def located(path: Path | str) -> Path:
@@ -32,13 +34,26 @@ def located(path: Path | str) -> Path:
 
 
 def fetched(folder: Path) -> Path:
-    """A package as a folder of this machine: itself, or its files as they were fetched from a store now or before.
+    """`fetched_all` of one."""
+    return fetched_all([folder])[0]
+
+
+def fetched_all(folders: Sequence[Path]) -> list[Path]:
+    """Packages as folders of this machine: themselves, or their files as they were fetched from a store now or before.
+
+    What belongs together, such as a package and its deltas, is asked for together: the oldest of more than MOST_PACKAGES are
+    deleted afterwards, and none of these.
 
     Raises:
-        UserError: it is missing or damaged, or there is no room for it.
+        UserError: one is missing or damaged, or there is no room for it.
     """
-    if mounted(folder):
-        return folder
+    found = [folder if mounted(folder) else _here(folder) for folder in folders]
+    if not all(map(mounted, folders)):
+        _forget_all_but(found)
+    return found
+
+
+def _here(folder: Path) -> Path:
     manifest = read_manifest(folder)
     there = cache_folder() / manifest.checksum
     if not _is_whole(there, manifest):
@@ -48,7 +63,6 @@ def fetched(folder: Path) -> Path:
             raise UserError(f"{folder}: cannot be fetched to {there.parent}: {one_line(error)}") from None
     with suppress(OSError):
         os.utime(there)
-    _forget_others(there)
     return there
 
 
@@ -107,10 +121,10 @@ def _fetch_file(source: Path, target: Path, file: StoredFile) -> None:
         raise UserError(f"{source}: its checksum is not the manifest's: it changed after it was written. {HINT}")
 
 
-def _forget_others(there: Path) -> None:
+def _forget_all_but(used: Sequence[Path]) -> None:
     """Deletes the packages that were used least lately; what maps one keeps its files until it ends."""
     with suppress(OSError):
-        kept = [path for path in there.parent.iterdir() if (path / FILE).is_file() and not path.name.startswith(".")]
-        kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in kept[MOST_PACKAGES:]:
+        kept = [path for path in cache_folder().iterdir() if (path / FILE).is_file() and not path.name.startswith(".")]
+        kept.sort(key=lambda path: (path in used, path.stat().st_mtime), reverse=True)
+        for path in kept[max(MOST_PACKAGES, len(used)) :]:
             shutil.rmtree(path, ignore_errors=True)

@@ -12,7 +12,7 @@ from s3_server import SECRET
 
 from features.errors import UserError
 from pipeline.serving import fetching
-from pipeline.serving.fetching import fetched
+from pipeline.serving.fetching import fetched, fetched_all
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
@@ -93,6 +93,18 @@ def test_the_packages_used_last_are_kept(memory, tmp_path, cache, monkeypatch):
         if seed == 1:
             os.utime(found[0])  # used again
     assert [folder.exists() for folder in found] == [True, False, True]
+
+
+def test_packages_that_belong_together_are_all_kept_however_many(memory, tmp_path, cache, monkeypatch):
+    folders = []
+    for seed in range(3):
+        real_package.write(tmp_path / f"{seed}", seed=seed)
+        folders.append(put(tmp_path / f"{seed}", memory / f"{seed}"))
+    before = fetched(folders[0])
+    monkeypatch.setattr(fetching, "MOST_PACKAGES", 1)
+    found = fetched_all(folders[1:])
+    assert [folder.exists() for folder in (before, *found)] == [False, True, True]
+    assert [read_manifest(folder) for folder in found] == [read_manifest(folder) for folder in folders[1:]]
 
 
 def test_a_url_of_no_store_is_one_line():
