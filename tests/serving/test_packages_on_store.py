@@ -18,7 +18,7 @@ from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
 from pipeline.serving.manifest import read_manifest
 from pipeline.serving.scorer import Scorer
-from pipeline.storage.files import copy_file, remove_tree
+from pipeline.storage.files import copy_file, remove_tree, storage_of
 from pipeline.storage.store_path import StorePath
 
 ROWS = [{"age": 31.0, "city": "rome", "recent": ["a", "c"]}, {"age": 62.5, "city": "paris", "recent": []}, {}]
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_the_manifests_is_refused_and_nothing_of_it_stays(the
     with pytest.raises(UserError, match=r"dense.pt2: its checksum is not the manifest's"):
         fetched(there)
     (there / "dense.pt2").write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"dense.pt2 is missing, or has another size"):
+    with pytest.raises(UserError, match=r"dense.pt2 is missing, or is shorter"):
         fetched(there)
     assert [*cache.iterdir()] == []
 
@@ -74,6 +74,16 @@ def test_a_damaged_copy_is_fetched_again(there, cache):
     (folder / "dense.pt2").unlink()
     assert fetched(there) == folder
     assert (folder / "dense.pt2").read_bytes() == (there / "dense.pt2").read_bytes()
+
+
+def test_what_a_killed_fetch_left_is_removed_and_what_another_process_fetches_is_not(there, cache):
+    killed, running = (cache / f"{digit * 64}.staging-{digit * 32}" for digit in "ab")
+    for folder in (killed, running):
+        folder.mkdir(parents=True)
+        (folder / "dense.pt2").write_bytes(b"half")
+    with storage_of(running).lock(running):
+        folder = fetched(there)
+        assert {*cache.iterdir()} == {folder, running}
 
 
 def test_a_package_for_which_there_is_no_room_is_one_line(there, cache, monkeypatch):
