@@ -6,6 +6,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation, dataset_of, e
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.report import page
 from pipeline.evaluation.scorer import Scorer as Evaluator
+from pipeline.release.export import export as exporting
 from pipeline.release.export.config import ExportConfig
 from pipeline.release.export.export import export
 from pipeline.release.predict.config import PredictConfig
@@ -178,6 +180,38 @@ def test_a_package_and_its_delta_on_s3_are_those_of_a_disk(world: Run, trained: 
     assert {task: x_B.tobytes() for task, x_B in found.items()} == {task: x_B.tobytes() for task, x_B in wanted.items()}
     with pytest.raises(UserError, match="is there already"):
         export(ExportConfig(run=world.path, out=root / "p2", threads=1))
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_package_before_and_its_archive(memory, monkeypatch):
+    class Small:
+        def __init__(self, config: ExportConfig, source: str, *rest: Any) -> None:
+            self.folder, self.content = rest[2], source
+
+        def write(self) -> SimpleNamespace:
+            for name in ("rows", "manifest.json"):
+                (self.folder / name).write_text(self.content)
+            return SimpleNamespace(files=["rows"])
+
+    def no_room(*_: object) -> None:
+        raise OSError("no room")
+
+    def written() -> dict[str, bytes]:
+        return {str(file.relative_to(memory)): file.read_bytes() for file in files_below(memory)}
+
+    monkeypatch.setattr(exporting, "Package", Small)
+    config = ExportConfig(run=memory / "run", out=memory / "p", archive=True, overwrite=True)
+    exporting.write_package(config, "old", None, None, None)
+    before = written()
+    assert before.keys() == {"p/rows", "p/manifest.json", "p.tar"}
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "write_archive", no_room)
+        with pytest.raises(OSError, match="no room"):
+            exporting.write_package(config, "new", None, None, None)
+    assert written() == before
+    exporting.write_package(config, "new", None, None, None)
+    assert written()["p/rows"] == b"new"
+    with tarfile.open(fileobj=io.BytesIO(written()["p.tar"])) as archive:
+        assert archive.extractfile("p/rows").read() == b"new"
 
 
 def test_predictions_on_s3_are_the_bytes_of_those_on_a_disk(world: Run, small_log: Path, tmp_path: Path):
