@@ -97,22 +97,17 @@ def test_evaluations_are_those_of_the_run_on_disk_and_name_no_secret(
     assert not [file for file in files_below(world.path.parent) if SECRET.encode() in file.read_bytes()]
 
 
-def test_a_poll_of_a_run_on_s3_asks_twice_however_many_checkpoints_it_has(world: Run, proxy, monkeypatch):
-    evaluated(world.path)
-    use_store(proxy.env, monkeypatch)
-    evaluation = Evaluation(EvaluateConfig(run=world.path, threads=1))
-    pending = evaluation.pending
-    assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
-    proxy.requests.clear()
-    assert pending.take(pending.steps()) is None
-    assert [method for method, _ in proxy.requests] == ["GET", "HEAD"]
-
-
-def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints(world: Run):
+def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints_and_a_poll_asks_twice(world: Run, proxy, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         both = [*pool.map(lambda _: evaluated(world.path), range(2))]
     assert sorted(record["step"] for records in both for record in records) == [2, 4]
     assert sorted(line["step"] for line in read_lines(world.eval_metrics)) == [2, 4]
+    use_store(proxy.env, monkeypatch)
+    pending = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
+    assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
+    proxy.requests.clear()
+    assert pending.take(pending.steps()) is None
+    assert [method for method, _ in proxy.requests] == ["GET", "HEAD"]  # however many checkpoints there are
 
 
 def test_a_record_is_not_lost_to_a_writer_that_read_before_it_was_put(world: Run, monkeypatch):

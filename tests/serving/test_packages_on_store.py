@@ -101,7 +101,7 @@ def test_the_packages_used_last_are_kept(memory, tmp_path, cache, monkeypatch):
         found.append(fetched(put(tmp_path / f"{seed}", memory / f"{seed}")))
         os.utime(found[-1], (time.time() - 10 + seed,) * 2)
         if seed == 1:
-            os.utime(found[0])  # used again
+            fetched(memory / "0")  # used again
     assert [folder.exists() for folder in found] == [True, False, True]
 
 
