@@ -98,10 +98,13 @@ def test_evaluations_are_those_of_the_run_on_disk_and_name_no_secret(
 
 
 def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints_and_a_poll_asks_twice(world: Run, proxy, monkeypatch):
+    late = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
+    listed = late.steps()
     with ThreadPoolExecutor(2) as pool:
         both = [*pool.map(lambda _: evaluated(world.path), range(2))]
     assert sorted(record["step"] for records in both for record in records) == [2, 4]
     assert sorted(line["step"] for line in read_lines(world.eval_metrics)) == [2, 4]
+    assert late.take(listed) is None  # listed before the others had recorded them
     use_store(proxy.env, monkeypatch)
     pending = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
     assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
