@@ -99,6 +99,7 @@ def test_evaluations_are_those_of_the_run_on_disk_and_name_no_secret(
 
 def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints_and_a_poll_asks_twice(world: Run, proxy, monkeypatch):
     late = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
+    assert late.known() == {}
     listed = late.steps()
     with ThreadPoolExecutor(2) as pool:
         both = [*pool.map(lambda _: evaluated(world.path), range(2))]
