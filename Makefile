@@ -13,7 +13,7 @@ PINNED := $(PIP) install --require-hashes --no-deps --no-build-isolation
 
 .PHONY: demo check lint test test-system test-all every-test census lock clean
 .PHONY: bench bench-train bench-profile bench-saving bench-faults bench-nodes soak bench-towers bench-emm bench-ingest
-.PHONY: bench-evaluate bench-serve bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted chaos
+.PHONY: bench-evaluate bench-serve bench-gpu bench-intervals bench-links bench-loader bench-search bench-planted bench-store chaos
 
 # STORE=s3: datasets and runs lie on an S3 server of its own, on this machine; STORE=s3://BUCKET/FOLDER: there.
 STORE ?=
@@ -54,6 +54,7 @@ soak: .venv/ready
 
 bench-saving: .venv/ready
 	$(BIN)/python tests/benchmarks/saving.py
+	$(BIN)/python tests/benchmarks/checkpoint_pause.py
 
 bench-faults: .venv/ready
 	$(BIN)/python tests/benchmarks/faults.py
@@ -94,6 +95,9 @@ bench-links: .venv/ready
 
 bench-loader: .venv/ready
 	$(BIN)/python tests/benchmarks/loading.py
+
+bench-store: .venv/ready
+	$(BIN)/python tests/benchmarks/store_loading.py
 
 bench-planted: .venv/ready
 	$(BIN)/python tests/benchmarks/planted.py

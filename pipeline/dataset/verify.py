@@ -18,14 +18,14 @@ from features.parquet_pages import check_pages
 from features.printable import printable
 from features.regular_files import local_file, lstat_regular
 from pipeline.dataset.card.card import read_card
-from pipeline.dataset.dataset import Dataset, require_file
+from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Listed, Shard
-from pipeline.dataset.listing import sizes_below
+from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import UNLISTED_FILES, check_equal, footer_sha256
 from pipeline.dataset.past_state import parquet_file, verify_state
-from pipeline.dataset.shards import check_ids, check_row_groups, table_sizes
+from pipeline.dataset.shards import check_ids, check_row_groups, open_shard, table_sizes
 from pipeline.storage.files import sha256
-from pipeline.storage.store_path import StorePath
+from pipeline.storage.store_path import StorePath, on_store
 
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
 BATCH = 1 << 16  # rows
@@ -57,16 +57,15 @@ def _verify(dataset: Dataset) -> Iterator[str]:
         yield f"lines: {_lines(dataset)}"
     found = _check_names(dataset)
     yield f"folder: {found} files, all of them in the manifest"
-    for file in files:
-        _check_file(path, file)
+    each_of(path, lambda file: _check_file(path, file), files)
     yield f"files: checksums of {len(files)} files, {sum(file.bytes for file in files):,} bytes"
     vocabularies = Encoders.load(dataset.encoded_by / "encoders", dataset.schema).vocabularies
     read_card(path, dataset.schema)
     yield f"encoders: {sum(map(len, vocabularies.values())):,} values in {len(vocabularies)} vocabularies; statistics"
     if manifest.state:
         yield verify_state(path, manifest.state, dataset.schema)
-    for shard in manifest.shards:
-        _check_rows(dataset, shard)
+    sizes = table_sizes(dataset)
+    each_of(path, lambda shard: _check_rows(dataset, shard, sizes), manifest.shards)
     groups, rows = sum(len(shard.row_groups) for shard in manifest.shards), sum(manifest.rows.values())
     labels = sum(sum(observed.values()) for observed in manifest.observed.values())
     yield f"shards: columns, {rows:,} rows in {groups:,} row groups, {labels:,} observed labels and their sums"
@@ -122,8 +121,10 @@ def _check_names(dataset: Dataset) -> int:
 
 def _check_file(dataset: Path, known: Listed) -> None:
     """Its size and checksums."""
-    file = require_file(dataset, known.path)
-    check_equal(file, "bytes", file.stat().st_size, known.bytes)
+    file = dataset / known.path
+    if (status := lstat_regular(dataset, known.path)) is None:
+        raise UserError(f"{file} is missing. {RESTORE_HINT}")
+    check_equal(file, "bytes", status.st_size, known.bytes)
     found = sha256(file)
     if found != known.sha256:
         raise UserError(
@@ -146,10 +147,9 @@ def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
 
 
-def _check_rows(dataset: Dataset, shard: Shard) -> None:
-    """A shard's columns, rows and labels."""
+def _check_rows(dataset: Dataset, shard: Shard, sizes: dict[str, int | None]) -> None:
+    """A shard's columns, rows and labels. `sizes`: of its ids' tables, by column."""
     file = dataset.path / shard.path
-    sizes = table_sizes(dataset)
     with _opened(file, shard.bytes) as parquet:
         if different := _kinds(parquet.schema_arrow) ^ _kinds(dataset.columns):
             raise UserError(f"{file}: column {printable(min(different)[0])} differs from the schema. {RESTORE_HINT}")
@@ -186,7 +186,8 @@ def _check_ids(dataset: Dataset) -> None:
     shards = dataset.manifest.shards
     parts = max(1, math.ceil(sum(shard.rows for shard in shards) / IDS_AT_ONCE))
     for part in range(parts):
-        found = [ids[ids % parts == part] for shard in shards for ids in _ids(dataset, shard)]
+        read = each_of(dataset.path, lambda shard: [ids[ids % parts == part] for ids in _ids(dataset, shard)], shards)  # noqa: B023
+        found = [ids for of_shard in read for ids in of_shard]
         ids = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
         duplicates = ids[1:][ids[1:] == ids[:-1]]
         if len(duplicates):
@@ -196,13 +197,28 @@ def _check_ids(dataset: Dataset) -> None:
 def _ids(dataset: Dataset, shard: Shard) -> Iterator[np.ndarray]:
     """A shard's row ids as they are read, a batch at a time. Raises UserError for a missing or negative one."""
     file, offset = dataset.path / shard.path, dataset.row_id_offset(shard)
-    with _opened(file, shard.bytes) as parquet:
+    with _row_ids(dataset, shard) as parquet:
         for batch in parquet.iter_batches(BATCH, columns=["row_id"]):
             ids: pa.Array = batch["row_id"]
             values = ids.drop_null().to_numpy()
             if ids.null_count or (values < 0).any():
                 raise UserError(f"{file}: a row_id is missing or negative. {RESTORE_HINT}")
             yield values + offset
+
+
+@contextmanager
+def _row_ids(dataset: Dataset, shard: Shard) -> Iterator[pq.ParquetFile]:
+    """A shard whose column of row ids alone is read; from a store nothing else of it comes. Raises UserError."""
+    file = dataset.path / shard.path
+    if not on_store(file):
+        with _opened(file, shard.bytes) as parquet:
+            yield parquet
+        return
+    try:
+        with open_shard(dataset, shard, ["row_id"]) as parquet:
+            yield parquet
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
 
 
 def _raise_duplicate(dataset: Dataset, row_id: int) -> None:

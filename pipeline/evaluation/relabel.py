@@ -19,6 +19,7 @@ from features.regular_files import mounted
 from features.schema.schema import Schema, Split
 from pipeline.dataset.dataset import Dataset, require_file
 from pipeline.dataset.entries import Listed, Shard
+from pipeline.dataset.listing import each_of
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.evaluation import predictions
@@ -64,18 +65,18 @@ def relabel(config: RelabelConfig) -> Manifest:
     rows = _predictions(config.predictions, dataset)
     manifest = dataset.manifest
     with staging_of(out) as staging:
-        shards = []
+        shards, stays = [], ["schema.yaml"]
         for shard in manifest.shards:
             (staging / shard.path).parent.mkdir(parents=True, exist_ok=True)
             if shard.split == SPLIT and shard.rows:
                 shards.append(_relabelled(dataset, shard, rows, staging, config.predictions))
             else:
-                _link(dataset.path, shard.path, staging)
+                stays.append(shard.path)
                 shards.append(shard)
         states = manifest.state.files if manifest.state else []
         others: list[Listed] = [*manifest.dead_letter_files, *manifest.fitted, *states]
-        for name in ("schema.yaml", *(file.path for file in others)):
-            _link(dataset.path, name, staging)
+        stays += [file.path for file in others]
+        each_of(staging, lambda name: _link(dataset.path, name, staging), stays)
         sums = {task: sum(s.positives[task] for s in shards if s.split == SPLIT) for task in dataset.schema.tasks}
         made = manifest.model_copy(update={"shards": shards, "positives": manifest.positives | {SPLIT: sums}})
         write_json(staging / "manifest.json", made.model_dump(by_alias=True))

@@ -1,21 +1,28 @@
 """A process of a night: its output goes to a log of the night, and it does not outlive it."""
 
 import ctypes
+import logging
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from features.errors import one_line
 from pipeline.processes import end_with
 from pipeline.storage.files import appending, storage_of
 from pipeline.storage.store_path import on_store
 from pipeline.training.faults.preemption import PREEMPTED, PreemptionSignal
 
 POLL_S = 0.1
-MAX_LOG_BYTES = 64 << 20  # of a log on a store, its end
+MAX_LOG_BYTES = 16 << 20  # of a log on a store, its end
+PUT_S = 60.0  # between two puts of a log
+
+logger = logging.getLogger(__name__)
 
 
 def run_module(module: str, arguments: Sequence[str], ranks: int, log: Path) -> int:
@@ -25,13 +32,40 @@ def run_module(module: str, arguments: Sequence[str], ranks: int, log: Path) -> 
     if not on_store(log):
         with appending(log) as output:
             return call(command, output.fileno())
-    with tempfile.TemporaryFile() as output:  # an object is not appended to
-        try:
+    with tempfile.TemporaryFile(buffering=0) as output:  # an object is not appended to
+        if log.exists():
+            output.write(log.read_bytes()[-MAX_LOG_BYTES:])
+        with _put_meanwhile(output.fileno(), log):
             return call(command, output.fileno())
-        finally:
-            output.seek(0)
-            earlier = log.read_bytes() if log.exists() else b""
-            storage_of(log).write(log, (earlier + output.read())[-MAX_LOG_BYTES:])
+
+
+@contextmanager
+def _put_meanwhile(output: int, log: Path) -> Iterator[None]:
+    """Puts the end of a file on a store every PUT_S seconds, and when the block ends; what fails is a warning."""
+    ended, known = threading.Event(), 0
+
+    def put() -> None:
+        nonlocal known
+        if (size := os.fstat(output).st_size) == known:
+            return
+        try:
+            storage_of(log).write(log, os.pread(output, MAX_LOG_BYTES, max(0, size - MAX_LOG_BYTES)))
+            known = size
+        except OSError as error:
+            logger.warning("%s cannot be written: %s", log, one_line(error))
+
+    def keep_putting() -> None:
+        while not ended.wait(PUT_S):
+            put()
+
+    thread = threading.Thread(target=keep_putting, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        put()
 
 
 def call(command: Sequence[str], output: int) -> int:

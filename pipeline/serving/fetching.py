@@ -1,9 +1,11 @@
 """Packages on a store: fetched once into a folder of this machine, compared with their manifests on the way, then mapped."""
 
+import errno
 import hashlib
 import os
 import shutil
-import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,12 +13,14 @@ from features.errors import UserError, one_line
 from features.regular_files import lstat_regular, mounted
 from pipeline.serving.manifest import FILE, HINT, Manifest, StoredFile, read_manifest
 from pipeline.storage.files import make_folder, write_json
-from pipeline.storage.ranges import read_ranges
+from pipeline.storage.ranges import ShortFileError, read_ranges
+from pipeline.storage.staging import is_staging, remove_left, staging_of
 from pipeline.storage.store_path import place
 
 CACHE = "TASKFUSE_PACKAGES"  # environment: the folder; without it taskfuse/packages in XDG_CACHE_HOME or ~/.cache
 MOST_PACKAGES = 8  # that are kept, the ones used last
 READ_BYTES, READS = 8 << 20, 4  # of a read, and how many at a time
+FILES = 4  # at a time
 
 
 def located(path: Path | str) -> Path:
@@ -32,13 +36,26 @@ def located(path: Path | str) -> Path:
 
 
 def fetched(folder: Path) -> Path:
-    """A package as a folder of this machine: itself, or its files as they were fetched from a store now or before.
+    """`fetched_all` of one."""
+    return fetched_all([folder])[0]
+
+
+def fetched_all(folders: Sequence[Path]) -> list[Path]:
+    """Packages as folders of this machine: themselves, or their files as they were fetched from a store now or before.
+
+    What belongs together, such as a package and its deltas, is asked for together: the oldest of more than MOST_PACKAGES are
+    deleted afterwards, and none of these.
 
     Raises:
-        UserError: it is missing or damaged, or there is no room for it.
+        UserError: one is missing or damaged, or there is no room for it.
     """
-    if mounted(folder):
-        return folder
+    found = [folder if mounted(folder) else _here(folder) for folder in folders]
+    if not all(map(mounted, folders)):
+        _forget_all_but(found)
+    return found
+
+
+def _here(folder: Path) -> Path:
     manifest = read_manifest(folder)
     there = cache_folder() / manifest.checksum
     if not _is_whole(there, manifest):
@@ -48,7 +65,6 @@ def fetched(folder: Path) -> Path:
             raise UserError(f"{folder}: cannot be fetched to {there.parent}: {one_line(error)}") from None
     with suppress(OSError):
         os.utime(there)
-    _forget_others(there)
     return there
 
 
@@ -73,44 +89,54 @@ def _fetch(folder: Path, manifest: Manifest, there: Path) -> None:
     """Fetches all files aside, the manifest last, and moves them into place in one rename. Raises UserError, OSError."""
     size = sum(file.bytes for file in manifest.files.values())
     make_folder(there.parent)
+    if not os.access(there.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there.parent))
+    for left in there.parent.iterdir():
+        if is_staging(left):  # unless a process is at it, it was killed
+            remove_left(left.with_name(left.name.partition(".")[0]))
     if (free := shutil.disk_usage(there.parent).free) < size:
         raise UserError(
             f"{folder}: its {size:,} bytes do not fit into the {free:,} that are free in {there.parent}. Make room, or set "
             f"{CACHE} to another folder."
         )
-    aside = there.with_name(f".{there.name}.{uuid.uuid4().hex}")
-    try:
-        for name, file in manifest.files.items():
-            make_folder((aside / name).parent)
-            _fetch_file(folder / name, aside / name, file)
-        write_json(aside / FILE, manifest.model_dump())
+    with staging_of(there) as staging:
+        for name in manifest.files:
+            make_folder((staging / name).parent)
+        with ThreadPoolExecutor(FILES, "fetch") as pool:
+            fetching = [pool.submit(_fetch_file, folder, staging, *each) for each in manifest.files.items()]
+            try:
+                for each in fetching:
+                    each.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        write_json(staging / FILE, manifest.model_dump())
         shutil.rmtree(there, ignore_errors=True)  # damaged
         with suppress(OSError):  # another process was faster
-            aside.rename(there)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            staging.rename(there)
 
 
-def _fetch_file(source: Path, target: Path, file: StoredFile) -> None:
-    """Copies a file piece by piece. Raises UserError where it is not what the manifest has."""
-    status, digest = lstat_regular(source.parent, source.name), hashlib.sha256()
-    if status is None or status.st_size != file.bytes:
-        raise UserError(f"{source} is missing, or has another size than the manifest has. {HINT}")
-    starts = range(0, file.bytes, READ_BYTES)
-    with target.open("xb") as opened:
+def _fetch_file(folder: Path, target: Path, name: str, file: StoredFile) -> None:
+    """Copies a file of a package piece by piece. Raises UserError where it is not what the manifest has."""
+    source, digest, starts = folder / name, hashlib.sha256(), range(0, file.bytes, READ_BYTES)
+    with (target / name).open("xb") as opened:
         for first in range(0, len(starts), READS):
             ranges = [(start, min(start + READ_BYTES, file.bytes)) for start in starts[first : first + READS]]
-            for content in read_ranges(source, ranges):
+            try:
+                pieces = read_ranges(source, ranges)
+            except (FileNotFoundError, ShortFileError):
+                raise UserError(f"{source} is missing, or is shorter than the manifest has it. {HINT}") from None
+            for content in pieces:
                 digest.update(content)
                 opened.write(content)
     if digest.hexdigest() != file.sha256:
         raise UserError(f"{source}: its checksum is not the manifest's: it changed after it was written. {HINT}")
 
 
-def _forget_others(there: Path) -> None:
+def _forget_all_but(used: Sequence[Path]) -> None:
     """Deletes the packages that were used least lately; what maps one keeps its files until it ends."""
     with suppress(OSError):
-        kept = [path for path in there.parent.iterdir() if (path / FILE).is_file() and not path.name.startswith(".")]
-        kept.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in kept[MOST_PACKAGES:]:
+        kept = [path for path in cache_folder().iterdir() if (path / FILE).is_file() and not is_staging(path)]
+        kept.sort(key=lambda path: (path in used, path.stat().st_mtime), reverse=True)
+        for path in kept[max(MOST_PACKAGES, len(used)) :]:
             shutil.rmtree(path, ignore_errors=True)

@@ -19,7 +19,7 @@ from features.fit.fitted_files import encoder_files
 from features.schema.schema import Schema
 from pipeline.serving.deltas import check_base
 from pipeline.serving.encoded import Encoded
-from pipeline.serving.fetching import fetched, located
+from pipeline.serving.fetching import fetched_all, located
 from pipeline.serving.given import Rows
 from pipeline.serving.manifest import ENCODERS, HINT, SCHEMA, Manifest, check_files, read_manifest
 from pipeline.serving.program import load_program
@@ -67,7 +67,8 @@ class Scorer:
             UserError: a package that is missing, damaged, of another version, or does not fit together; another base.
         """
         bases = [base] if isinstance(base, (Path, str)) else base or []
-        sources = _sources(fetched(located(path)), [fetched(located(each)) for each in bases])
+        *bases_here, here = fetched_all([located(each) for each in (*bases, path)])
+        sources = _sources(here, bases_here)
         (folder, manifest), (whole, whole_manifest) = sources[-1], sources[0]
         for source in sources if check else []:
             check_files(*source)

@@ -10,6 +10,7 @@ from features.errors import UserError
 from features.printable import printable
 from pipeline.cluster.base import ENDED, JOBS, Status, UnansweredError
 from pipeline.submission import progress
+from pipeline.submission.reach import answers
 from pipeline.submission.records import Record, Records, revision, user
 
 SLOW_S = 5.0
@@ -136,7 +137,9 @@ def status(record: Record) -> str:
         here = record.backend().seen_here(record.run)
         nothing = [("run", f"{here}: nothing written yet, or not seen from this machine")]
         try:
-            rows += progress.lines(come) if here.is_dir() and (come := progress.read(here)) else nothing
+            rows += (
+                progress.lines(come) if answers(here) and here.is_dir() and (come := progress.read(here)) else nothing
+            )
         except (
             UserError,
             OSError,

@@ -17,6 +17,7 @@ from pipeline.cluster.base import JOBS, Cluster, Resources
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.storage.store_path import on_store, place
+from pipeline.submission.reach import answers, is_seen
 
 GIB = 1 << 30
 PROCESS = {"cpu": 3 * GIB // 2, "cuda": 4 * GIB}  # of a rank with its libraries, CUDA's context and pinned buffers
@@ -137,7 +138,7 @@ def _training(
     content = settings.model_dump(by_alias=True, include={"days", "missing_days", "tasks", "model", "train"})
     if found_in := settings.model.architecture:
         seen = cluster.seen_here(cluster.of_job(place(found_in)))
-        if not _exists(seen):
+        if not is_seen(seen):
             return Need(
                 process, process + UNKNOWN[device], 0,
                 [f"not checked: whether tables fit: {seen} is not on this machine"],
@@ -180,21 +181,13 @@ def _unknown_tables(dataset: Path, schema: Schema | None) -> str | None:
 
 def _is_seen(dataset: Path, of_days: bool) -> bool:
     """Whether a dataset, or a folder of datasets of days, is seen from here."""
-    return _exists(dataset / "manifest.json") or (of_days and _exists(dataset))
-
-
-def _exists(path: Path) -> bool:
-    """Whether a path is there, as far as this machine sees: it may not reach a store."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
+    return is_seen(dataset / "manifest.json") or (of_days and is_seen(dataset))
 
 
 def _seconds_to_save(run: Path, size: int) -> float:
     """Of a checkpoint: as measured in the run that goes on, or else by its bytes."""
     try:
-        status = Run(run).status()
+        status = Run(run).status() if answers(run) else None
     except (UserError, OSError):
         status = None
     return size / WRITE if status is None or status.saving_s is None else status.saving_s
@@ -220,9 +213,11 @@ def _model_bytes(run: Path) -> int | None:
     """Bytes of the files of a run's newest checkpoint: more than its weights, which are part of them."""
     from pipeline.run import checkpoint
 
+    if not answers(run):
+        return None
     try:
         steps = checkpoint.steps(run / "checkpoints")
-    except OSError:  # a store that this machine does not reach
+    except OSError:
         return None
     if not steps:
         return None

@@ -14,12 +14,16 @@ from pathlib import Path
 import psutil
 import torch
 import torch.distributed as dist
-from s3_server import S3Server
-from small_checkpoint import MANIFEST
 
-from pipeline.run import checkpoint
-from pipeline.run.checkpoint.writer import CheckpointWriter
-from pipeline.storage.store_path import place
+TESTS = Path(__file__).parents[1]
+sys.path += [str(TESTS), str(TESTS / "pipeline")]
+
+from s3_server import S3Server  # noqa: E402
+from small_checkpoint import MANIFEST  # noqa: E402
+
+from pipeline.run import checkpoint  # noqa: E402
+from pipeline.run.checkpoint.writer import CheckpointWriter  # noqa: E402
+from pipeline.storage.store_path import place  # noqa: E402
 
 TRIES = 4
 

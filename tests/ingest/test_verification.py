@@ -18,6 +18,8 @@ from pipeline.dataset.dataset import Dataset, open_dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.verify import verify
+from pipeline.storage.files import copy_file
+from pipeline.storage.store_path import on_store
 
 SHARD = "valid/part-00001-of-00002.parquet"
 
@@ -54,6 +56,26 @@ def replaced(folder: Path, edit: Callable[[pa.Table], pa.Table], keep_sums: bool
 
 def set_column(name: str, values: Callable[[pa.ChunkedArray], pa.Array]) -> Callable[[pa.Table], pa.Table]:
     return lambda rows: rows.set_column(rows.column_names.index(name), rows.schema.field(name), values(rows[name]))
+
+
+def test_of_a_dataset_on_a_store_the_same_is_said_and_each_shard_is_copied_once(folder, memory, monkeypatch):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            copy_file(file, memory / file.relative_to(folder).as_posix())
+    copied = []
+    local_file = verification.local_file
+    monkeypatch.setattr(verification, "local_file", lambda file: copied.append(file) or local_file(file))
+    there = Dataset(memory)
+    assert list(verify(there)) == list(verify(Dataset(folder)))
+    files = [*there.manifest.shards, *there.manifest.dead_letter_files]
+    assert sorted(file for file in copied if on_store(file)) == sorted(memory / file.path for file in files)
+    content = bytearray((memory / SHARD).read_bytes())
+    content[100] ^= 1
+    (memory / SHARD).write_bytes(bytes(content))
+    (folder / SHARD).write_bytes(bytes(content))
+    with pytest.raises(UserError) as caught:
+        list(verify(there))
+    assert str(caught.value) == fault_of(folder).replace(str(folder), str(memory))
 
 
 def test_a_whole_dataset_is_described_in_numbers(folder):

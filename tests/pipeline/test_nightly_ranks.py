@@ -77,6 +77,21 @@ def test_ranks_that_do_not_end_well(work, tmp_path, monkeypatch, code, errors, e
         score_on_ranks(work, 3, tmp_path)
 
 
+def test_ranks_of_a_night_on_a_store_are_given_a_folder_of_this_machine(work, memory, monkeypatch):
+    folders = []
+
+    def call(command: list[str], _: int) -> int:
+        folders.append(Path(command[-1]))
+        assert (folders[0] / WORK).is_file()
+        return 1
+
+    monkeypatch.setattr(child, "call", call)
+    with pytest.raises(UserError, match=f"exit code 1: see {memory}/score.log"):
+        score_on_ranks(work, 3, memory)
+    assert len(folders) == 1
+    assert not folders[0].exists()
+
+
 def test_more_ranks_than_gpus_are_refused_before_any_work(world, tmp_path, monkeypatch):
     monkeypatch.setattr(scoring_ranks.torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UserError, match="ranks=3: each takes a GPU, and this machine has 2"):

@@ -6,6 +6,7 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from pipeline.evaluation.follow import EvaluateConfig, Evaluation, dataset_of, e
 from pipeline.evaluation.metrics import evaluated as figures
 from pipeline.evaluation.report import page
 from pipeline.evaluation.scorer import Scorer as Evaluator
+from pipeline.release.export import export as exporting
 from pipeline.release.export.config import ExportConfig
 from pipeline.release.export.export import export
 from pipeline.release.predict.config import PredictConfig
@@ -95,22 +97,21 @@ def test_evaluations_are_those_of_the_run_on_disk_and_name_no_secret(
     assert not [file for file in files_below(world.path.parent) if SECRET.encode() in file.read_bytes()]
 
 
-def test_a_poll_of_a_run_on_s3_asks_twice_however_many_checkpoints_it_has(world: Run, proxy, monkeypatch):
-    evaluated(world.path)
-    use_store(proxy.env, monkeypatch)
-    evaluation = Evaluation(EvaluateConfig(run=world.path, threads=1))
-    pending = evaluation.pending
-    assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
-    proxy.requests.clear()
-    assert pending.take(pending.steps()) is None
-    assert [method for method, _ in proxy.requests] == ["GET", "HEAD"]
-
-
-def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints(world: Run):
+def test_two_evaluators_of_a_run_on_s3_share_its_checkpoints_and_a_poll_asks_twice(world: Run, proxy, monkeypatch):
+    late = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
+    assert late.known() == {}
+    listed = late.steps()
     with ThreadPoolExecutor(2) as pool:
         both = [*pool.map(lambda _: evaluated(world.path), range(2))]
     assert sorted(record["step"] for records in both for record in records) == [2, 4]
     assert sorted(line["step"] for line in read_lines(world.eval_metrics)) == [2, 4]
+    assert late.take(listed) is None  # listed before the others had recorded them
+    use_store(proxy.env, monkeypatch)
+    pending = Evaluation(EvaluateConfig(run=world.path, threads=1)).pending
+    assert (pending.steps(), pending.take([2, 4])) == ([2, 4], None)  # looks into the files of each record, once
+    proxy.requests.clear()
+    assert pending.take(pending.steps()) is None
+    assert [method for method, _ in proxy.requests] == ["GET", "HEAD"]  # however many checkpoints there are
 
 
 def test_a_record_is_not_lost_to_a_writer_that_read_before_it_was_put(world: Run, monkeypatch):
@@ -178,6 +179,38 @@ def test_a_package_and_its_delta_on_s3_are_those_of_a_disk(world: Run, trained: 
     assert {task: x_B.tobytes() for task, x_B in found.items()} == {task: x_B.tobytes() for task, x_B in wanted.items()}
     with pytest.raises(UserError, match="is there already"):
         export(ExportConfig(run=world.path, out=root / "p2", threads=1))
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_package_before_and_its_archive(memory, monkeypatch):
+    class Small:
+        def __init__(self, config: ExportConfig, source: str, *rest: Any) -> None:
+            self.folder, self.content = rest[2], source
+
+        def write(self) -> SimpleNamespace:
+            for name in ("rows", "manifest.json"):
+                (self.folder / name).write_text(self.content)
+            return SimpleNamespace(files=["rows"])
+
+    def no_room(*_: object) -> None:
+        raise OSError("no room")
+
+    def written() -> dict[str, bytes]:
+        return {str(file.relative_to(memory)): file.read_bytes() for file in files_below(memory)}
+
+    monkeypatch.setattr(exporting, "Package", Small)
+    config = ExportConfig(run=memory / "run", out=memory / "p", archive=True, overwrite=True)
+    exporting.write_package(config, "old", None, None, None)
+    before = written()
+    assert before.keys() == {"p/rows", "p/manifest.json", "p.tar"}
+    with monkeypatch.context() as patched:
+        patched.setattr(exporting, "write_archive", no_room)
+        with pytest.raises(OSError, match="no room"):
+            exporting.write_package(config, "new", None, None, None)
+    assert written() == before
+    exporting.write_package(config, "new", None, None, None)
+    assert written()["p/rows"] == b"new"
+    with tarfile.open(fileobj=io.BytesIO(written()["p.tar"])) as archive:
+        assert archive.extractfile("p/rows").read() == b"new"
 
 
 def test_predictions_on_s3_are_the_bytes_of_those_on_a_disk(world: Run, small_log: Path, tmp_path: Path):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from evaluations_by_hand import commit, record, set_commit_time
+from fsspec.implementations.memory import MemoryFileSystem
 
 from features.errors import UserError
 from pipeline.cluster.base import Cluster, Resources, Status, UnansweredError, Workload
@@ -17,7 +18,7 @@ from pipeline.cluster.kubernetes.settings import KubernetesSettings
 from pipeline.cluster.values import NodeRange, amount
 from pipeline.run.run import Run
 from pipeline.storage.store_path import place
-from pipeline.submission import manager, progress, resources
+from pipeline.submission import manager, progress, reach, resources
 from pipeline.submission.records import Record, Records, revision
 
 GIB = 1 << 30
@@ -313,6 +314,28 @@ def test_resources_that_cannot_be_right_are_refused_before_anything_is_queued(gi
 def test_a_job_without_a_run_is_not_said_to_lack_its_model() -> None:
     assert resolved(settings=Scoring(run=Path("/runs/none"))).notes[0].endswith("/runs/none is not on this machine")
     assert resolved().notes == ["not checked: memory, since evaluate names no run whose model it holds"]
+
+
+def test_a_store_that_this_machine_does_not_reach_is_waited_for_once_and_shortly(tmp_path, monkeypatch) -> None:
+    asked = []
+
+    def refused(*_: object, **__: object) -> None:
+        asked.append(time.monotonic())
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    for method in ("info", "find", "ls", "cat_file", "_open"):
+        monkeypatch.setattr(MemoryFileSystem, method, refused)
+    monkeypatch.setattr(reach, "ANSWER_S", 0.3)
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "3")
+    run = place("memory://unreachable/run")
+    started = time.monotonic()
+    assert resolved(settings=Scoring(run=run)).notes[0].endswith("memory://unreachable/run is not on this machine")
+    assert asked
+    asked.clear()
+    said = manager.status(submission(job="train", run=run, native=str(tmp_path)))
+    assert "memory://unreachable/run: nothing written yet, or not seen from this machine" in said
+    assert asked == []
+    assert time.monotonic() - started < 2
 
 
 def test_a_path_of_a_job_is_found_where_this_machine_sees_it() -> None:

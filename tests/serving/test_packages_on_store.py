@@ -12,13 +12,13 @@ from s3_server import SECRET
 
 from features.errors import UserError
 from pipeline.serving import fetching
-from pipeline.serving.fetching import fetched
+from pipeline.serving.fetching import fetched, fetched_all
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.http.packages import Packages
 from pipeline.serving.manifest import read_manifest
 from pipeline.serving.scorer import Scorer
-from pipeline.storage.files import copy_file, remove_tree
+from pipeline.storage.files import copy_file, remove_tree, storage_of
 from pipeline.storage.store_path import StorePath
 
 ROWS = [{"age": 31.0, "city": "rome", "recent": ["a", "c"]}, {"age": 62.5, "city": "paris", "recent": []}, {}]
@@ -64,7 +64,7 @@ def test_a_file_that_is_not_the_manifests_is_refused_and_nothing_of_it_stays(the
     with pytest.raises(UserError, match=r"dense.pt2: its checksum is not the manifest's"):
         fetched(there)
     (there / "dense.pt2").write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"dense.pt2 is missing, or has another size"):
+    with pytest.raises(UserError, match=r"dense.pt2 is missing, or is shorter"):
         fetched(there)
     assert [*cache.iterdir()] == []
 
@@ -74,6 +74,16 @@ def test_a_damaged_copy_is_fetched_again(there, cache):
     (folder / "dense.pt2").unlink()
     assert fetched(there) == folder
     assert (folder / "dense.pt2").read_bytes() == (there / "dense.pt2").read_bytes()
+
+
+def test_what_a_killed_fetch_left_is_removed_and_what_another_process_fetches_is_not(there, cache):
+    killed, running = (cache / f"{digit * 64}.staging-{digit * 32}" for digit in "ab")
+    for folder in (killed, running):
+        folder.mkdir(parents=True)
+        (folder / "dense.pt2").write_bytes(b"half")
+    with storage_of(running).lock(running):
+        folder = fetched(there)
+        assert {*cache.iterdir()} == {folder, running}
 
 
 def test_a_package_for_which_there_is_no_room_is_one_line(there, cache, monkeypatch):
@@ -91,8 +101,20 @@ def test_the_packages_used_last_are_kept(memory, tmp_path, cache, monkeypatch):
         found.append(fetched(put(tmp_path / f"{seed}", memory / f"{seed}")))
         os.utime(found[-1], (time.time() - 10 + seed,) * 2)
         if seed == 1:
-            os.utime(found[0])  # used again
+            fetched(memory / "0")  # used again
     assert [folder.exists() for folder in found] == [True, False, True]
+
+
+def test_packages_that_belong_together_are_all_kept_however_many(memory, tmp_path, cache, monkeypatch):
+    folders = []
+    for seed in range(3):
+        real_package.write(tmp_path / f"{seed}", seed=seed)
+        folders.append(put(tmp_path / f"{seed}", memory / f"{seed}"))
+    before = fetched(folders[0])
+    monkeypatch.setattr(fetching, "MOST_PACKAGES", 1)
+    found = fetched_all(folders[1:])
+    assert [folder.exists() for folder in (before, *found)] == [False, True, True]
+    assert [read_manifest(folder) for folder in found] == [read_manifest(folder) for folder in folders[1:]]
 
 
 def test_a_url_of_no_store_is_one_line():

@@ -19,6 +19,7 @@ from pipeline.evaluation.relabel import RelabelConfig, relabel
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage.files import copy_file
 from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -141,6 +142,19 @@ def test_a_task_without_predictions_keeps_its_labels(teacher, tmp_path):
     out = again(teacher, tmp_path / "soft", predictions=file)
     assert rows(out, "train")["label.dwell"].equals(rows(teacher[0], "train")["label.dwell"])
     assert not rows(out, "train")["label.click"].equals(rows(teacher[0], "train")["label.click"])
+
+
+def test_on_a_store_it_makes_the_files_that_it_makes_on_a_disk(teacher, tmp_path, memory):
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+    for file in teacher[0].rglob("*"):
+        if file.is_file():
+            copy_file(file, memory / "data" / file.relative_to(teacher[0]).as_posix())
+    copy_file(teacher[1], memory / "train.parquet")
+    out = again((memory / "data", memory / "train.parquet"), memory / "soft")
+    assert contents(out) == contents(again(teacher, tmp_path / "soft"))
+    assert {file.relative_to(memory).parts[0] for file in memory.rglob("*")} == {"data", "train.parquet", "soft"}
 
 
 def test_files_that_stay_are_links_and_the_old_dataset_is_as_it_was(teacher, tmp_path):

@@ -6,6 +6,7 @@ A package on a store is written and measured on this machine first, since what s
 import logging
 import tarfile
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
@@ -51,6 +52,7 @@ from pipeline.storage.staging import remove_left, staging_of
 from pipeline.storage.store_path import on_store
 from pipeline.storage.uploading import uploading
 
+FILES = 4  # that are put on a store at a time; each takes 64 MB of memory
 VERSIONS = ("taskfuse", "torch", "polars", "pyarrow")
 
 logger = logging.getLogger(__name__)
@@ -126,21 +128,25 @@ def _put_package(
     config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, base: Chain | None
 ) -> Manifest:
     """As `write_package`, of a package on a store; it takes its bytes in the folder of temporary files meanwhile."""
-    archive = archive_path(config)
-    with tempfile.TemporaryDirectory(prefix="taskfuse-export-") as temporary:
+    place = archive_path(config)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="taskfuse-export-"))
         folder = make_folder(Path(temporary) / config.out.name)
         manifest = Package(config, source, dataset, trained, folder, base).write()
         check_out(config)
-        with staging_of(config.out) as staging:
-            for name in (*manifest.files, FILE):
-                copy_file(folder / name, staging / name)
-            check_out(config)  # another export may have been faster
-            if config.archive:
-                archive.unlink(missing_ok=True)
-            storage_of(config.out).commit(staging, config.out)
+        staging = stack.enter_context(staging_of(config.out))
+        with ThreadPoolExecutor(FILES) as pool:
+            list(pool.map(lambda name: copy_file(folder / name, staging / name), (*manifest.files, FILE)))
         if config.archive:
+            archive = stack.enter_context(staging_of(place)) / place.name
             with uploading(archive) as opened:
                 write_archive(folder, config.out.name, opened)
+        check_out(config)  # another export may have been faster
+        if config.archive:
+            place.unlink(missing_ok=True)
+        storage_of(config.out).commit(staging, config.out)
+        if config.archive:
+            copy_file(archive, place)  # within the store
     return manifest
 
 

@@ -15,7 +15,7 @@ from features.errors import UserError, one_line
 from features.plain_json import read_json, validated
 from features.regular_files import mounted, refuse_link
 from pipeline.serving.deltas import bases_of
-from pipeline.serving.fetching import fetched
+from pipeline.serving.fetching import fetched_all
 from pipeline.serving.http.config import ServeConfig
 from pipeline.serving.http.metrics import Metrics
 from pipeline.serving.manifest import FILE, Manifest, check_files, read_manifest
@@ -247,7 +247,7 @@ class Packages:
     def load(self, wanted: Wanted) -> Loaded:
         """A package in memory, with its first answer given. Raises UserError, OSError."""
         settings, started = self.settings, time.perf_counter()
-        folders = [fetched(folder) for folder in (*wanted.bases, wanted.folder)]
+        folders = fetched_all([*wanted.bases, wanted.folder])
         if settings.check:
             self._compare(folders)
         scorer = Scorer.load(folders[-1], settings.compiled, False, settings.warm_up, folders[:-1])
