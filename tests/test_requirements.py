@@ -219,4 +219,6 @@ def test_the_image_has_the_run_set_alone_on_a_base_of_one_digest() -> None:
 
 def test_no_file_names_a_package_index() -> None:
     for name in [*FILES, "Makefile", "k8s/Dockerfile"]:
-        assert not re.search("(https?|file)://", (ROOT / name).read_text()), f"{name}: which index to use is said by whoever installs"
+        assert not re.search("(https?|file)://", (ROOT / name).read_text()), (
+            f"{name}: which index to use is said by whoever installs"
+        )
