@@ -234,7 +234,7 @@ def test_a_url_of_no_storage_or_with_a_password_is_refused_before_a_folder_of_it
     key, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for url, why in {"ftp://host/data": "is no storage", "s3://me:secret@bucket/data": "has a password in it"}.items():
+    for url, why in {"ftp://host/data": "is no storage", "s3://me:secret@bucket/data": "has a password, a key"}.items():
         with pytest.raises(ValidationError, match=why):
             PreprocessConfig.model_validate({"input": "x", "out": "data", key: url})
     assert not list(tmp_path.iterdir())

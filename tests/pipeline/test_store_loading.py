@@ -353,6 +353,6 @@ def test_decoding_processes_read_from_s3_while_its_server_is_gone_for_a_while(
     proxy.stop()
     threading.Timer(1.0, proxy.start).start()
     assert all(map(same, chain(found, batches), wanted))
-    assert len(proxy.requests) - asked >= ROW_GROUPS / 2  # most of the rows came later
+    assert len(proxy.requests) > asked  # some of the rows came later
     assert len([*(tmp_path / "cache").iterdir()]) == ROW_GROUPS + SHARDS
     loader.decoders.close()
