@@ -96,7 +96,11 @@ def main() -> int:
     try:
         server.start()
         if command:
-            return subprocess.call(command, env={**os.environ, **server.env})
+            code = subprocess.call(command, env={**os.environ, **server.env})
+            print(
+                f"The S3 server ends, its data stay: python {sys.argv[0]} {folder} COMMAND runs another command beside it."
+            )
+            return code
         print("\n".join(f"export {name}={value}" for name, value in server.env.items()), flush=True)
         sys.stdin.read()
         return 0
