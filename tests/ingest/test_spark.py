@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
-from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
+from ingest_runs import ENVIRONMENT, SMALL_SIZES, content_of, no_beam, refused, run
 from spark_cluster import SparkCluster, why_not
 
 from pipeline.storage.store_path import files_below
 
 pytestmark = [pytest.mark.system, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
+SIZES = SMALL_SIZES
 # Quick starts rather than speed.
 QUICK = ["spark.ui.enabled=false", "spark.taskfuse.wait=100"] + [
     f"spark.{role}.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC" for role in ("driver", "executor")
@@ -35,15 +35,6 @@ def cluster(tmp_path_factory, s3_server) -> Iterator[SparkCluster]:
         yield cluster.start()
     finally:
         cluster.kill()
-
-
-@pytest.fixture(scope="module")
-def in_a_loop(small_log, small_content, tmp_path_factory) -> dict[str, bytes]:
-    """The bytes of a dataset of several units, buckets and shards, made without Beam."""
-    out = tmp_path_factory.mktemp("in_a_loop") / "out"
-    with no_beam():
-        run(small_log, out, small_content(), **SIZES)
-    return content_of(out)
 
 
 @pytest.fixture
@@ -86,15 +77,24 @@ def test_an_executor_that_is_killed_in_the_middle_costs_only_its_tasks(
 
 
 def test_twins_of_slow_tasks_do_no_harm_and_nothing_is_on_a_shared_disk(
-    in_a_loop, small_log, small_content, on_spark, s3, tmp_path
+    in_a_loop, small_log, small_content, on_spark, cluster, s3, tmp_path
 ):
-    """Speculation as eager as it can be set, on a store: a task that is late, and its twin, put objects of other names."""
+    """Speculation as eager as it can be set, on a store: a task of an executor that stands still for a while, and its twin."""
+
+    def stop_one_for_a_while() -> None:
+        stopped = cluster.executors()[0].pid
+        os.kill(stopped, signal.SIGSTOP)
+        time.sleep(3)
+        os.kill(stopped, signal.SIGCONT)
+
+    watch = when(lambda: [file for file in files_below(s3) if file.name == "label.total"], stop_one_for_a_while)
     eager = {"enabled": "true", "multiplier": "1.0", "quantile": "0.1", "interval": "5ms", "minTaskRuntime": "1ms"}
     options = [f"spark.speculation{'' if name == 'enabled' else f'.{name}'}={value}" for name, value in eager.items()]
     events = tmp_path / "events"
     events.mkdir()
     noted = ("spark.eventLog.enabled=true", f"spark.eventLog.dir=file://{events}")
     run(small_log, s3 / "out", small_content(), **on_spark(*options, *noted))
+    watch.join()
     files = {str(file).removeprefix(f"{s3}/out/"): file.read_bytes() for file in files_below(s3 / "out")}
     assert files == in_a_loop
     log = "".join(file.read_text() for file in events.iterdir())
