@@ -95,12 +95,19 @@ def local_file(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryFile() as copy:
         with open_regular(path) as content:
             shutil.copyfileobj(content, copy, COPIED_BYTES)
-        copy.flush()
-        local = Path(f"/dev/fd/{copy.fileno()}")
-        try:
+        with path_of_copy(copy, path) as local:
             yield local
-        except UserError as error:
-            raise UserError(str(error).replace(str(local), str(path))) from None
+
+
+@contextmanager
+def path_of_copy(copy: BinaryIO, path: Path) -> Iterator[Path]:
+    """A path on this machine of an open file without a name, a copy of `path`; errors of the block name that."""
+    copy.flush()
+    local = Path(f"/dev/fd/{copy.fileno()}")
+    try:
+        yield local
+    except UserError as error:
+        raise UserError(str(error).replace(str(local), str(path))) from None
 
 
 def read_regular(folder: Path, name: str, limit: int) -> bytes:

@@ -59,18 +59,18 @@ def in_background(items: Iterator[Batch], ahead: int) -> Iterator[Batch]:
         thread.join()
 
 
-def held_back(items: Iterator[Batch], count: int, on_error: Callable[[UserError], None]) -> Iterator[Batch]:
-    """The items, each once `count` later ones are there: an error is told to `on_error` as many items before it is raised."""
-    held: deque[Batch] = deque()
+def delayed(items: Iterator[Batch], count: int, on_error: Callable[[UserError], None]) -> Iterator[Batch]:
+    """The items, each once `count` later ones are there: `on_error` is given an error as many items before it is raised."""
+    waiting: deque[Batch] = deque()
     failed = None
     try:
         for item in items:
-            held.append(item)
-            if len(held) > count:
-                yield held.popleft()
+            waiting.append(item)
+            if len(waiting) > count:
+                yield waiting.popleft()
     except UserError as error:
         on_error(failed := error)
-    while held:
-        yield held.popleft()
+    while waiting:
+        yield waiting.popleft()
     if failed:
         raise failed

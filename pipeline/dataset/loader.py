@@ -30,7 +30,7 @@ from features.errors import UserError, one_line
 from features.regular_files import mounted
 from features.schema.schema import Split
 from pipeline.dataset import decoding
-from pipeline.dataset.background import held_back, in_background, pinned
+from pipeline.dataset.background import delayed, in_background, pinned
 from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.lanes import Buffer, Piece, Share, Window, blocks, check_sizes, pieces_of, shares
@@ -38,7 +38,7 @@ from pipeline.dataset.read_ahead import OPEN_SHARDS, Fetched, ReadAhead, Reading
 from pipeline.dataset.shards import check_group_pages, check_groups, check_ids, open_shard
 
 logger = logging.getLogger(__name__)
-HELD_BACK = 2  # batches of a store: a rank's message to the others is read one step later
+DELAY = 2  # batches of a store: a rank's message to the others is read one step later
 MOST_SLOTS = 64  # parts of batches that a decoding process makes ahead
 
 
@@ -85,7 +85,7 @@ class Loader:
         device: which batches are for; those for a GPU are in page-locked memory.
         reading: of a dataset on a store; each decoding process reads by itself.
     Attributes:
-        gone: set HELD_BACK batches before `batches` raises it: while all ranks still have some, they can agree to save.
+        gone: set DELAY batches before `batches` raises it: while all ranks still have some, they can agree to save.
         on_corrupt: what is done with a row group that is left out, in place of `leave_out`.
 
     Raises:
@@ -185,7 +185,7 @@ class Loader:
         if (np.array(position.cursors) > self.lengths).any():
             raise UserError("the run is at a row that the dataset does not have: its checkpoint is of another dataset.")
         made = in_background(pinned(self._batches(position), self.device), self.ahead)
-        return made if self.stored is None else held_back(made, HELD_BACK, self._failed)
+        return made if self.stored is None else delayed(made, DELAY, self._failed)
 
     def _failed(self, error: UserError) -> None:
         self.gone = error if isinstance(error, StoreGoneError) else None

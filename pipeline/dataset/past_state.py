@@ -24,7 +24,7 @@ from features.parquet_limits import check_footer
 from features.parquet_pages import check_pages, chunk_start
 from features.parquet_schema import check_nesting, check_nesting_of
 from features.printable import printable
-from features.regular_files import local_file, lstat_regular
+from features.regular_files import local_file, lstat_regular, path_of_copy
 from features.schema.origins import origins, reads_of
 from features.schema.schema import Schema
 from features.source import Counter, History
@@ -203,12 +203,8 @@ def _part(path: Path, size: int, groups: Sequence[int]) -> Iterator[Path]:
         for (start, _), content in zip(wanted, read_ranges(path, wanted), strict=True):
             copy.seek(start)
             copy.write(content)
-        copy.flush()
-        local = Path(f"/dev/fd/{copy.fileno()}")
-        try:
+        with path_of_copy(cast(BinaryIO, copy), path) as local:
             yield local
-        except UserError as error:
-            raise UserError(str(error).replace(str(local), str(path))) from None
 
 
 @contextmanager

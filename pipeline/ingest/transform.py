@@ -65,7 +65,7 @@ class Preprocess(beam.PTransform):
         with beam.Pipeline(options=options) as pipeline:
             rows = pipeline | ReadFromParquetBatched("gs://logs/2026-11-21/impressions-*")
             clicks = pipeline | "clicks" >> ReadFromParquetBatched("gs://logs/2026-11-21/clicks-*")
-            done = {"impressions": rows, "click": clicks} | Preprocess(schema, "gs://work/ads/2026-11-21")
+            done = {"impressions": rows, "click": clicks} | Preprocess(schema, "gs://scratch/ads/2026-11-21")
             done.train | beam.Map(lambda batch: publish(batch))  # a pyarrow.RecordBatch
             done.manifest | beam.Map(lambda counts: print(counts["rows"], counts["dead_letters"]))
 

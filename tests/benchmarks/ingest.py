@@ -112,9 +112,9 @@ def main() -> None:
         keep(runs, rounds)
 
 
-def parse(arguments: list[str]) -> Options:
-    """KEY=VALUE to options. Raises SystemExit for another key, or a value that is no number."""
-    known = {field.name: field.default for field in fields(Options)}
+def parse(arguments: list[str], kind: Any = Options) -> Any:
+    """KEY=VALUE to options of a dataclass. Raises SystemExit for another key, or a value that is no number."""
+    known = {field.name: field.default for field in fields(kind)}
     values: dict[str, Any] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -122,7 +122,7 @@ def parse(arguments: list[str]) -> Options:
             values[key] = int(value) if isinstance(known[key], int) else value
         except (KeyError, ValueError):
             raise SystemExit(f"{argument}: say KEY=VALUE with {', '.join(known)}, see --help") from None
-    return Options(**values)
+    return kind(**values)
 
 
 def chosen(options: Options) -> list[str]:

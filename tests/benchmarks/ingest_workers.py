@@ -25,14 +25,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ingest_workload as w
 import psutil
 import yaml
-from ingest import HERE, ROOT, environment, machine_of
+from ingest import HERE, ROOT, environment, machine_of, parse
 from process_cost import measure
 from tabulate import tabulate
 
@@ -80,7 +80,7 @@ def main() -> None:
     if sys.argv[1:2] == ["job"]:
         run_job(json.loads(sys.argv[2]))
         return
-    options = parse(sys.argv[1:])
+    options = parse(sys.argv[1:], Options)
     names = options.only.split(",") if options.only else NAMES
     if unknown := set(names) - set(NAMES):
         raise SystemExit(f"only={min(unknown)}: no such run, there are {', '.join(NAMES)}")
@@ -96,19 +96,6 @@ def main() -> None:
     report(names, rounds, log.bytes + log.click_bytes)
     if not options.only:
         keep(options, rounds)
-
-
-def parse(arguments: list[str]) -> Options:
-    """KEY=VALUE to options. Raises SystemExit for another key, or a value that is no number."""
-    known = {field.name: field.default for field in fields(Options)}
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        try:
-            values[key] = int(value) if isinstance(known[key], int) else value
-        except (KeyError, ValueError):
-            raise SystemExit(f"{argument}: say KEY=VALUE with {', '.join(known)}, see --help") from None
-    return Options(**values)
 
 
 @contextmanager

@@ -27,6 +27,9 @@ SPLITS = ("train", "valid", "test")
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
 
+# Of jobs on `small_log`: several units, buckets and shards.
+SMALL_SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
+
 
 def run(folder: Path | str, out: Path, content: dict[str, Any], **settings: Any) -> Manifest:
     config = PreprocessConfig(input=str(folder), out=out, **settings)

@@ -15,7 +15,7 @@ import hosts_pool
 import pytest
 import yaml
 from hosts import hosts, require_hosts
-from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
+from ingest_runs import ENVIRONMENT, SMALL_SIZES, content_of, refused, run
 from waiting import wait_for
 
 from features.errors import UserError
@@ -28,7 +28,7 @@ from pipeline.processes import has_ended
 
 pytestmark = pytest.mark.system
 
-SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
+SIZES = SMALL_SIZES
 KEY = "a secret of all hosts"
 
 
@@ -69,15 +69,6 @@ def started(*environments: dict[str, str]) -> Iterator[list[Pool]]:
     finally:
         for pool in found:
             pool.kill()
-
-
-@pytest.fixture(scope="module")
-def in_a_loop(small_log, small_content, tmp_path_factory) -> dict[str, bytes]:
-    """The bytes of a dataset of several units, buckets and shards, made without Beam and other processes."""
-    out = tmp_path_factory.mktemp("in_a_loop") / "out"
-    with no_beam():
-        run(small_log, out, small_content(), **SIZES)
-    return content_of(out)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from apache_beam.metrics import MetricsFilter
 from apache_beam.runners import runner as beam_runner
-from ingest_runs import ENVIRONMENT, content_of, no_beam, refused, run
+from ingest_runs import ENVIRONMENT, SMALL_SIZES, content_of, refused, run
 
 from pipeline.ingest import progress, workers
 from pipeline.ingest.config import PreprocessConfig
@@ -29,16 +29,7 @@ from pipeline.ingest.runners.registry import RUNNERS, check_runner, pipeline_on
 
 pytestmark = pytest.mark.integration
 
-SIZES = {"rows_per_row_group": 32, "rows_per_shard": 100, "unit_bytes": 8000, "bucket_bytes": 20_000}
-
-
-@pytest.fixture(scope="module")
-def in_a_loop(small_log, small_content, tmp_path_factory) -> dict[str, bytes]:
-    """The bytes of a dataset of several units, buckets and shards, made without Beam."""
-    out = tmp_path_factory.mktemp("in_a_loop") / "out"
-    with no_beam():
-        run(small_log, out, small_content(), **SIZES)
-    return content_of(out)
+SIZES = SMALL_SIZES
 
 
 # Names of Beam that may change with a version of it

@@ -72,9 +72,9 @@ def test_options_are_sparks_settings(tmp_path):
          "Command exited with code 137\nDriver stacktrace:", UserError,
          "step read: worker 10.0.0.7, executor 3: ExecutorLostFailure (executor 3 exited caused by one of the running tasks) "
          "Reason: Command exited with code 137. Nothing was written."),
-        (LOST + '(10.0.0.7 executor 3): java.io.IOException: Cannot run program "/opt/python": error=2, No such file or '
+        (LOST + '(10.0.0.7 executor 3): java.io.IOException: Cannot run program "/usr/python": error=2, No such file or '
          "directory\n\tat java", UserError,
-         'step read: worker 10.0.0.7, executor 3: java.io.IOException: Cannot run program "/opt/python": error=2'),
+         'step read: worker 10.0.0.7, executor 3: java.io.IOException: Cannot run program "/usr/python": error=2'),
         ("Job aborted due to stage failure: Master removed our application: FAILED", UserError,
          "step read: Spark stopped it: Job aborted due to stage failure: Master removed our application: FAILED."),
     ],

@@ -22,9 +22,9 @@ from features.batch import Batch
 from features.errors import UserError
 from features.parquet_pages import chunk_start
 from pipeline.dataset import read_ahead, split_reader
-from pipeline.dataset.background import held_back
+from pipeline.dataset.background import delayed
 from pipeline.dataset.dataset import Dataset
-from pipeline.dataset.loader import HELD_BACK, Loader, StoreGoneError
+from pipeline.dataset.loader import DELAY, Loader, StoreGoneError
 from pipeline.dataset.read_ahead import Fetched, ReadAhead, Reading, StoredGroups
 from pipeline.dataset.shards import open_shard
 from pipeline.dataset.split_reader import SplitReader
@@ -314,14 +314,14 @@ def test_an_outage_is_survived_and_a_store_that_stays_away_is_known_two_batches_
         found.extend(batches)
     assert 0 < len(found) < len(wanted)
     assert all(map(same, (batch for batch, _ in found), wanted))
-    assert [known for _, known in found] == [False] * (len(found) - HELD_BACK) + [True] * HELD_BACK
+    assert [known for _, known in found] == [False] * (len(found) - DELAY) + [True] * DELAY
     monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "20")
     calls[0], out_until[0] = 0, 40
     assert all(map(same, every_batch(Loader(stored, "train", 16, 4, **SETTINGS)), wanted))
     assert calls[0] > 40
 
 
-def test_held_back_items_are_all_of_them_in_order_and_only_errors_of_users_wait() -> None:
+def test_delayed_items_are_all_of_them_in_order_and_only_errors_of_users_wait() -> None:
     def items(count: int, error: Exception | None) -> Iterator[Any]:
         yield from range(count)
         if error:
@@ -329,8 +329,8 @@ def test_held_back_items_are_all_of_them_in_order_and_only_errors_of_users_wait(
 
     for count in range(5):
         seen: list[UserError] = []
-        assert [*held_back(items(count, None), 2, seen.append)] == [*range(count)]
-        found = held_back(items(count, UserError("x")), 2, seen.append)
+        assert [*delayed(items(count, None), 2, seen.append)] == [*range(count)]
+        found = delayed(items(count, UserError("x")), 2, seen.append)
         assert [next(found) for _ in range(count)] == [*range(count)]
         with pytest.raises(UserError):
             next(found)
