@@ -76,20 +76,20 @@ def test_a_put_whose_answer_was_lost_is_known_again(through_proxy: StorePath, pr
 def test_a_store_that_stays_away_ends_in_time_with_one_line(
     through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(patience.TIMEOUT, "1")
     file = through_proxy / "file"
     file.write_bytes(b"x")
-    for number, fault in enumerate(("hang", 503)):
+    # A try may take a second (botocore's own pause after a 503): four leave time for one that ends between the first line
+    # and the limit.
+    for fault, limit in (("hang", 1), (503, 4), (503, 4)):
+        monkeypatch.setenv(patience.TIMEOUT, str(limit))
         proxy.fault = lambda method, path, fault=fault: fault  # type: ignore[misc]
         started = time.monotonic()
-        with pytest.raises(OSError, match="has not answered for 1 s") as error:
+        with pytest.raises(OSError, match=f"has not answered for {limit} s") as error:
             file.read_bytes()
         assert (error.value.errno, error.value.filename) == (errno.ETIMEDOUT, str(file))
-        assert 0.9 < time.monotonic() - started < 5, number
-    assert [record.message for record in caplog.records if "does not answer" in record.message] == [
-        record.message for record in caplog.records
-    ]
+        assert limit - 0.1 < time.monotonic() - started < limit + 4, fault
     assert len(caplog.records) == 1, "once, however often it is asked"
+    assert "does not answer" in caplog.records[0].message
     proxy.fault = lambda method, path: None
     assert file.read_bytes() == b"x"
     assert len(caplog.records) == 2
