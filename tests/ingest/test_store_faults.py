@@ -106,11 +106,11 @@ def test_a_store_that_stays_away_stops_the_job_with_one_line_and_leaves_the_data
     out = through_proxy / "out"
     for name, content in wanted.items():
         (out / name).write_bytes(content)
-    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.5")
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "1.5")
     with (
         after_requests(proxy, put("scratch"), 12, proxy.stop),
         pytest.raises(
-            UserError, match=rf"^{through_proxy}.*: the store has not answered for 0.5 s: .*Run again once it does\.$"
+            UserError, match=rf"^{through_proxy}.*: the store has not answered for 1.5 s: .*Run again once it does\.$"
         ) as caught,
     ):
         run(small_log, out, small_content(), seed=1, overwrite=True, **SIZES)

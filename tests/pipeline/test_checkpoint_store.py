@@ -161,7 +161,7 @@ def test_answers_that_fail_cost_a_checkpoint_nothing(
 def test_a_store_that_stays_away_is_one_line_and_leaves_no_checkpoint(
     through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.4")
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "1.5")
     saved(through_proxy)
     calls = 0
 
@@ -171,7 +171,7 @@ def test_a_store_that_stays_away_is_one_line_and_leaves_no_checkpoint(
         if calls == 2:
             proxy.stop()
 
-    with pytest.raises(UserError, match=r"step-00000004: cannot be written: .*has not answered for 0.4 s"):
+    with pytest.raises(UserError, match=r"step-00000004: cannot be written: .*has not answered for 1.5 s"):
         checkpoint.save(through_proxy, SMALL, MANIFEST.model_copy(update={"step": 4}), before=away)
     proxy.start()
     assert checkpoint.steps(through_proxy) == [3]

@@ -114,10 +114,11 @@ def test_no_secret_is_said(
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     root = use_store({"AWS_ENDPOINT_URL": s3_server.url, "HOME": "/nonexistent"}, monkeypatch)
+    monkeypatch.setenv(patience.TIMEOUT, "6")
     started = time.monotonic()
     with pytest.raises(PermissionError, match="credentials"):
         (root / "a").read_bytes()
-    assert time.monotonic() - started < 1, "asking again changes nothing"
+    assert time.monotonic() - started < 3, "asking again changes nothing"
 
 
 def test_texts_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:

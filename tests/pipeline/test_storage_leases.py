@@ -109,7 +109,7 @@ def test_of_another_machine_without_a_clock_a_lock_that_does_not_wait_finds_out(
     foreign(folder_of(memory / "file") / "exclusive")
     started = time.monotonic()
     with lease.lease(memory / "file"):
-        assert SHORT_S * 0.9 < time.monotonic() - started < SHORT_S * 2
+        assert SHORT_S * 0.9 < time.monotonic() - started < SHORT_S * 4
 
 
 def test_a_renewed_lease_of_another_machine_is_refused_at_once(s3: StorePath) -> None:
@@ -118,7 +118,7 @@ def test_a_renewed_lease_of_another_machine_is_refused_at_once(s3: StorePath) ->
         started = time.monotonic()
         with pytest.raises(BlockingIOError):
             lease.lease(s3 / "file")
-        assert time.monotonic() - started < SHORT_S / 2
+        assert time.monotonic() - started < SHORT_S * 0.9
 
 
 def test_one_that_was_taken_over_is_lost(root: StorePath) -> None:

@@ -335,7 +335,7 @@ def test_a_store_that_this_machine_does_not_reach_is_waited_for_once_and_shortly
     said = manager.status(submission(job="train", run=run, native=str(tmp_path)))
     assert "memory://unreachable/run: nothing written yet, or not seen from this machine" in said
     assert asked == []
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 3
 
 
 def test_a_path_of_a_job_is_found_where_this_machine_sees_it() -> None:

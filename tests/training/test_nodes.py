@@ -47,7 +47,7 @@ def test_a_run_goes_on_while_nodes_are_added_lose_ranks_are_cut_off_and_die_and_
     folder: Path, pair: list[Host], jobs: list[Job]
 ) -> None:
     a, b = pair
-    job = Job(folder, "changing", pair, "1:2", restarts=1)
+    job = Job(folder, "changing", pair, "1:2", restarts=1, read_timeout=60)  # a cut connection may be silent for 50 s
     jobs.append(job)
     job.start(a)
     job.trains(1)
