@@ -111,9 +111,12 @@ def _fetch(folder: Path, manifest: Manifest, there: Path) -> None:
                 pool.shutdown(cancel_futures=True)
                 raise
         write_json(staging / FILE, manifest.model_dump())
-        shutil.rmtree(there, ignore_errors=True)  # damaged
-        with suppress(OSError):  # another process was faster
+        try:
             staging.rename(there)
+        except OSError:  # a folder stands there: damaged, or of a process that was faster and is reading it
+            if not _is_whole(there, manifest):
+                shutil.rmtree(there, ignore_errors=True)
+                staging.rename(there)
 
 
 def _fetch_file(folder: Path, target: Path, name: str, file: StoredFile) -> None:

@@ -86,6 +86,19 @@ def test_what_a_killed_fetch_left_is_removed_and_what_another_process_fetches_is
         assert {*cache.iterdir()} == {folder, running}
 
 
+def test_a_package_that_another_process_has_fetched_meanwhile_stays_in_place(there, monkeypatch):
+    write, others = fetching.write_json, []
+
+    def write_after_another(*content: object) -> None:
+        if not others:
+            others.append(None)
+            others[0] = fetched(there).stat().st_ino  # all of it, between this fetch's last file and its rename
+        write(*content)
+
+    monkeypatch.setattr(fetching, "write_json", write_after_another)
+    assert fetched(there).stat().st_ino == others[0]
+
+
 def test_a_package_for_which_there_is_no_room_is_one_line(there, cache, monkeypatch):
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(UserError, match=r"do not fit into the 100 that are free .* TASKFUSE_PACKAGES"):
