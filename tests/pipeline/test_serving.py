@@ -201,6 +201,24 @@ def test_a_damaged_pointer_is_one_line(out, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("move", ["bless", "back"])
+def test_a_pointer_that_is_moved_after_it_was_read_stays_there_with_its_pins(run, out, monkeypatch, move):
+    for step in (1, 2):
+        blessed(run, out, step)
+
+    def overtaken(folder: Path) -> serving.Serving | None:
+        monkeypatch.setattr(serving, "read_serving", read_serving)
+        found = read_serving(folder)
+        blessed(run, folder, 3)
+        return found
+
+    monkeypatch.setattr(serving, "read_serving", overtaken)
+    with pytest.raises(UserError, match="another job has moved the pointer meanwhile"):
+        blessed(run, out, 4, keep=1) if move == "bless" else back(out)
+    assert served(out) == [3, 2, 1]
+    assert pinned_steps(run) == {1, 2, 3}
+
+
 @pytest.mark.integration
 def test_of_two_movers_of_a_pointer_on_s3_one_wins_and_the_other_is_refused(s3, monkeypatch):
     """The second one reads the pointer before the first one moves it, as where its lease was lost meanwhile."""
