@@ -137,13 +137,9 @@ def status(record: Record) -> str:
         here = record.backend().seen_here(record.run)
         nothing = [("run", f"{here}: nothing written yet, or not seen from this machine")]
         try:
-            rows += (
-                progress.lines(come) if answers(here) and here.is_dir() and (come := progress.read(here)) else nothing
-            )
-        except (
-            UserError,
-            OSError,
-        ) as error:  # a damaged file of the run does not hide the state of the job, nor does a store
+            come = progress.read(here) if answers(here) and here.is_dir() else None
+            rows += progress.lines(come) if come else nothing
+        except (UserError, OSError) as error:  # the state of the job is shown whatever the run's files are
             rows.append(("run", str(error)))
     width = max(len(what) for what, _ in rows) + 2
     return "\n".join(f"{what:<{width}}{value}" for what, value in rows)
