@@ -17,7 +17,7 @@ from pipeline.release.encoded_day import earlier_days, identity
 from pipeline.release.night import ModelReference, Night
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import storage_of
-from pipeline.storage.store_path import on_store, place
+from pipeline.storage.store_path import place
 
 LOG = "train.log"
 
@@ -145,5 +145,5 @@ def train(config: NightlyConfig, step: TrainStep, days: str, start: Path | None)
 def wait_for_trainer(run: Run) -> None:
     """Waits until the trainer of a night that was killed has saved its work and ended."""
     file = run.eval_metrics.with_name(".train.lock")
-    if file.exists() or on_store(file):  # whose lease is no file of this name
-        storage_of(file).lock(file, wait=True, create=True).release()
+    if file.exists():
+        storage_of(file).lock(file, wait=True).release()

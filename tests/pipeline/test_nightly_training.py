@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FuturesTimeoutError
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from pipeline.release.nightly import go_back, nightly
 from pipeline.release.training_step import new_days, trained_on, wait_for_trainer, warm_start
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder, write_json
+from pipeline.storage.store_path import files_below
 
 SMALL = {
     "args": [
@@ -337,3 +340,18 @@ def test_a_night_waits_for_the_trainer_of_a_killed_one(tmp_path):
     wait_for_trainer(run)
     assert time.monotonic() - begin > 0.2
     assert trainer.wait() == 0
+
+
+def test_a_night_on_a_store_waits_for_the_trainer_of_a_killed_one(memory):
+    run = Run(memory / "run")
+    wait_for_trainer(run)  # there is none
+    assert files_below(memory) == []
+    lock = run.lock("train", "x")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(wait_for_trainer, run)
+        try:
+            with pytest.raises(FuturesTimeoutError):
+                waiting.result(0.2)
+        finally:
+            lock.release()
+        waiting.result(60)
