@@ -36,8 +36,8 @@ LEVELS = ("debug", "info", "warning", "error")
 DATA_VARIABLE = "TASKFUSE_DATA"  # the one that jobs/conf reads
 
 DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+STORE_ERRNOS = {errno.ETIMEDOUT, errno.ENOPKG}  # see pipeline.storage.patience and systems
 # Errors of the system that say what is wrong with a file that a user named, and not with this program.
-STORE_ERRNOS = {errno.ETIMEDOUT, errno.ENOPKG}  # see pipeline.storage.patience and store_path
 FILE_ERRNOS = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR}
 
 # Hydra prints its own errors over several lines unless it lets them through.
@@ -140,7 +140,7 @@ def user_errors() -> Iterator[None]:
             sys.exit(
                 f"error: {printable(os.fsdecode(error.filename))[:300]}: {error.strerror}. Choose another file or folder."
             )
-        if error.errno in STORE_ERRNOS and error.filename is not None:  # see pipeline.storage.patience
+        if error.errno in STORE_ERRNOS and error.filename is not None:
             what = f"{printable(os.fsdecode(error.filename))[:300]}: {printable(str(error.strerror))}"
             line = f"error: {what}. What was committed is kept: run the same command again."
             write_rank_status("failed", line)

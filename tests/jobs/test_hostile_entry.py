@@ -38,3 +38,11 @@ def test_a_store_that_refuses_is_one_line_about_credentials() -> None:
         "error: s3://bucket/data: the store refuses: Unable to locate credentials. Check"
     )
     assert "another file" not in str(stop.value.code)
+
+
+def test_a_store_that_does_not_answer_is_one_line_that_says_to_run_again() -> None:
+    with pytest.raises(SystemExit) as stop, user_errors():
+        raise OSError(errno.ETIMEDOUT, "the store has not answered for 120 s", "s3://bucket/data")
+    assert stop.value.code == (
+        "error: s3://bucket/data: the store has not answered for 120 s. What was committed is kept: run the same command again."
+    )
