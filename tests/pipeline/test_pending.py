@@ -1,5 +1,6 @@
 """Which checkpoints await evaluation, and how several evaluators share them: locks and files are real, there is no model."""
 
+import errno
 import os
 import random
 from collections import Counter
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from evaluations_by_hand import DATASET, MEASURE, commit, record, set_commit_time, write_figures
+from small_checkpoint import MANIFEST
 
 from features.errors import UserError
 from pipeline.evaluation import pending as pending_module
@@ -63,6 +65,22 @@ def test_the_oldest_or_the_newest_checkpoint_comes_first_and_a_newer_one_before_
     assert (claim.step, taken(them)) == (6, [8, 4, 2])
     run.eval_metrics.unlink()
     assert taken(pending(run)) == [2, 4, 6, 8]
+
+
+def test_a_checkpoint_whose_store_fails_while_it_is_claimed_is_left_to_other_evaluators(memory, monkeypatch):
+    run = Run(memory / "run")
+    manifest = MANIFEST.model_copy(update={"step": 2}).sealed({})
+    (checkpoint.folder(run.checkpoints, 2) / "manifest.json").write_text(manifest.model_dump_json())
+
+    def silent(*_: object) -> None:
+        raise TimeoutError(errno.ETIMEDOUT, "the store has not answered", str(run.path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pending_module, "commit_time", silent)
+        with pytest.raises(TimeoutError) as kept:  # with all that the claim refers to
+            pending(run).take([2])
+    with pending(run).take([2]) as claim:
+        assert (claim.step, kept.type) == (2, TimeoutError)
 
 
 @pytest.mark.parametrize("order", ["oldest", "newest"])
