@@ -69,9 +69,10 @@ def test_a_file_that_is_not_the_manifests_is_refused_and_nothing_of_it_stays(the
     assert [*cache.iterdir()] == []
 
 
-def test_a_damaged_copy_is_fetched_again(there, cache):
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 10)], ids=["deleted", "cut off"])
+def test_a_damaged_copy_is_fetched_again(there, damage):
     folder = fetched(there)
-    (folder / "dense.pt2").unlink()
+    damage(folder / "dense.pt2")
     assert fetched(there) == folder
     assert (folder / "dense.pt2").read_bytes() == (there / "dense.pt2").read_bytes()
 
