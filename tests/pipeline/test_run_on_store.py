@@ -30,6 +30,7 @@ from pipeline.run import records
 from pipeline.run.run import Run
 from pipeline.serving import fetching
 from pipeline.serving.scorer import Scorer
+from pipeline.storage import objects
 from pipeline.storage.files import copy_file, read_lines
 from pipeline.storage.store_path import StorePath, files_below
 from pipeline.training.config import Settings, TrainConfig
@@ -181,7 +182,10 @@ def test_a_package_and_its_delta_on_s3_are_those_of_a_disk(world: Run, trained: 
         export(ExportConfig(run=world.path, out=root / "p2", threads=1))
 
 
-def test_an_archive_that_cannot_be_written_leaves_the_package_before_and_its_archive(memory, monkeypatch):
+@pytest.fixture
+def small_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export writes the text that stands for its source."""
+
     class Small:
         def __init__(self, config: ExportConfig, source: str, *rest: Any) -> None:
             self.folder, self.content = rest[2], source
@@ -191,26 +195,60 @@ def test_an_archive_that_cannot_be_written_leaves_the_package_before_and_its_arc
                 (self.folder / name).write_text(self.content)
             return SimpleNamespace(files=["rows"])
 
+    monkeypatch.setattr(exporting, "Package", Small)
+
+
+def written(folder: StorePath) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files_below(folder)}
+
+
+def test_an_archive_that_cannot_be_written_leaves_the_package_before_and_its_archive(
+    memory, small_packages, monkeypatch
+):
     def no_room(*_: object) -> None:
         raise OSError("no room")
 
-    def written() -> dict[str, bytes]:
-        return {str(file.relative_to(memory)): file.read_bytes() for file in files_below(memory)}
-
-    monkeypatch.setattr(exporting, "Package", Small)
     config = ExportConfig(run=memory / "run", out=memory / "p", archive=True, overwrite=True)
     exporting.write_package(config, "old", None, None, None)
-    before = written()
+    before = written(memory)
     assert before.keys() == {"p/rows", "p/manifest.json", "p.tar"}
     with monkeypatch.context() as patched:
         patched.setattr(exporting, "write_archive", no_room)
         with pytest.raises(OSError, match="no room"):
             exporting.write_package(config, "new", None, None, None)
-    assert written() == before
+    assert written(memory) == before
     exporting.write_package(config, "new", None, None, None)
-    assert written()["p/rows"] == b"new"
-    with tarfile.open(fileobj=io.BytesIO(written()["p.tar"])) as archive:
+    assert written(memory)["p/rows"] == b"new"
+    with tarfile.open(fileobj=io.BytesIO(written(memory)["p.tar"])) as archive:
         assert archive.extractfile("p/rows").read() == b"new"
+
+
+def test_no_archive_stands_beside_a_package_that_it_is_not_of(memory, small_packages, monkeypatch):
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("the store refuses")
+
+    config = ExportConfig(run=memory / "run", out=memory / "p", archive=True, overwrite=True)
+    exporting.write_package(config, "old", None, None, None)
+    monkeypatch.setattr(objects, "copy_all", refused)
+    with pytest.raises(UserError, match="is not written to its end"):
+        exporting.write_package(config, "new", None, None, None)
+    assert not (memory / "p.tar").exists()
+
+
+def test_an_export_leaves_the_package_of_a_faster_one(memory, small_packages, monkeypatch):
+    archived = exporting.write_archive
+
+    def beside_another(*arguments: Any) -> None:
+        archived(*arguments)
+        monkeypatch.setattr(exporting, "write_archive", archived)
+        exporting.write_package(config, "theirs", None, None, None)
+
+    config = ExportConfig(run=memory / "run", out=memory / "p", archive=True)
+    monkeypatch.setattr(exporting, "write_archive", beside_another)
+    with pytest.raises(UserError, match="is there already"):
+        exporting.write_package(config, "ours", None, None, None)
+    assert written(memory).keys() == {"p/rows", "p/manifest.json", "p.tar"}
+    assert written(memory)["p/rows"] == b"theirs"
 
 
 def test_predictions_on_s3_are_the_bytes_of_those_on_a_disk(world: Run, small_log: Path, tmp_path: Path):
