@@ -6,6 +6,8 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
+from pipeline.storage.files import copy_file
+from pipeline.synthetic import output
 from pipeline.synthetic.event_log import DWELL_SIGMA, LogConfig, generate
 
 pytestmark = pytest.mark.integration
@@ -167,6 +169,21 @@ def test_noise_takes_the_signal_away_and_leaves_the_rates(tmp_path):
     assert ne[2] == pytest.approx(1, abs=1e-4)
     rates = [truth(logs, "p_click").mean() for logs in (clear, noisy, blind)]
     assert rates == pytest.approx([rates[0]] * 3, abs=0.005)
+
+
+def test_files_appear_on_a_store_by_name_the_outcomes_of_a_day_before_its_impressions(memory, monkeypatch):
+    appeared = []
+
+    def seen(source: Path, target: Path) -> None:
+        copy_file(source, target)
+        appeared.append(target.name)
+
+    monkeypatch.setattr(output, "copy_file", seen)
+    make(memory / "raw", days=1)
+    outcomes = [name for name in appeared if name.startswith(("clicks", "conversions"))]
+    assert outcomes == appeared[: len(outcomes)] != []
+    assert appeared[-1] == "truth.parquet"
+    assert {file.name for file in (memory / "raw").glob("*")} == {*appeared}
 
 
 @pytest.mark.parametrize(
