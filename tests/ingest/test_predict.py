@@ -34,7 +34,8 @@ from pipeline.release.predict.manifest import Predictions
 from pipeline.release.predict.score import Scoring, put
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
-from pipeline.storage.store_path import files_below
+from pipeline.storage import objects
+from pipeline.storage.store_path import StorePath, copy_all, files_below
 from pipeline.training.config import Settings, TrainConfig
 from pipeline.training.train import train
 
@@ -366,6 +367,42 @@ def test_on_a_store_are_the_same_files_and_dead_letters_wherever_they_are_made(
     assert {path.parts[len(memory.parts)] for path in files_below(memory)} <= {"out"}
     assert {path.name for path in tmp_path.iterdir()} - {"out"} <= {"asked", "alone", "between"}
     assert content_of(tmp_path / "between") == {}
+
+
+def test_a_commit_to_a_store_that_failed_is_ended_by_the_next_job(
+    world: World, no_runner: None, memory: StorePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops_after_one(pairs: list[Any], before_each: Any) -> None:
+        if pairs[0][1].parent != memory / "out":
+            return copy_all(pairs, before_each)
+        copy_all(pairs[:1], before_each)
+        raise OSError("the store stops")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "copy_all", stops_after_one)
+        with pytest.raises(UserError, match="/out is not written to its end: the store stops"):
+            world.predict(memory / "out")
+    with pytest.raises(UserError, match=r"/out exists\."):
+        world.predict(memory / "out")
+    world.predict(tmp_path / "alone")
+    wanted = content_of(tmp_path / "alone")
+    assert {name: (memory / "out" / name).read_bytes() for name in wanted} == wanted
+
+
+def test_predictions_that_another_job_has_committed_meanwhile_stay(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "out" / "manifest.json"
+
+    def beside_another(*work: Any) -> None:
+        score_in_a_loop(*work)
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
+
+    monkeypatch.setattr(module, "run_scoring", beside_another)
+    with pytest.raises(UserError, match=r"/out exists\."):
+        world.predict(tmp_path / "out")
+    assert theirs.read_text() == "theirs"
 
 
 def test_of_two_attempts_at_a_file_on_a_store_the_first_ones_bytes_stay_and_are_what_both_report(memory: Path) -> None:
