@@ -59,8 +59,7 @@ def relabel(config: RelabelConfig) -> Manifest:
     """
     out = config.out.resolve()
     recover(out)
-    if out.exists():
-        raise UserError(f"{out} exists. Choose another out=.")
+    _check_new(out)
     dataset = Dataset(config.dataset)
     rows = _predictions(config.predictions, dataset)
     manifest = dataset.manifest
@@ -81,8 +80,14 @@ def relabel(config: RelabelConfig) -> Manifest:
         made = manifest.model_copy(update={"shards": shards, "positives": manifest.positives | {SPLIT: sums}})
         write_json(staging / "manifest.json", made.model_dump(by_alias=True))
         remove_tree(staging / "scratch")
+        _check_new(out)  # another job may have been faster
         storage_of(out).commit(staging, out)
     return made
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists. Choose another out=.")
 
 
 def _predictions(file: Path, dataset: Dataset) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from pipeline.evaluation.relabel import RelabelConfig, relabel
 from pipeline.evaluation.scorer import Scorer
 from pipeline.run import checkpoint
 from pipeline.run.run import Run
+from pipeline.storage import objects
 from pipeline.storage.files import copy_file
+from pipeline.storage.store_path import StorePath, copy_all
 from pipeline.training.train import prepare
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -144,15 +147,50 @@ def test_a_task_without_predictions_keeps_its_labels(teacher, tmp_path):
     assert not rows(out, "train")["label.click"].equals(rows(teacher[0], "train")["label.click"])
 
 
-def test_on_a_store_it_makes_the_files_that_it_makes_on_a_disk(teacher, tmp_path, memory):
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
+
+@pytest.fixture
+def stored(teacher, memory: StorePath) -> tuple[StorePath, StorePath]:
+    """The teacher on a store."""
     for file in teacher[0].rglob("*"):
         if file.is_file():
             copy_file(file, memory / "data" / file.relative_to(teacher[0]).as_posix())
     copy_file(teacher[1], memory / "train.parquet")
-    out = again((memory / "data", memory / "train.parquet"), memory / "soft")
+    return memory / "data", memory / "train.parquet"
+
+
+def test_a_commit_to_a_store_that_failed_is_ended_by_the_next_job(teacher, stored, tmp_path, memory, monkeypatch):
+    def stops_after_one(pairs: list, before_each: Callable[[], None]) -> None:
+        copy_all(pairs[:1], before_each)
+        raise OSError("the store stops")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "copy_all", stops_after_one)
+        with pytest.raises(UserError, match="/soft is not written to its end: the store stops"):
+            again(stored, memory / "soft")
+    with pytest.raises(UserError, match=r"/soft exists\."):
+        again(stored, memory / "soft")
+    assert contents(memory / "soft") == contents(again(teacher, tmp_path / "soft"))
+
+
+def test_a_dataset_that_another_job_has_committed_meanwhile_stays(teacher, tmp_path, monkeypatch):
+    theirs, read = tmp_path / "soft" / "manifest.json", predictions.read
+
+    def beside_another(*arguments: object) -> pl.DataFrame:
+        theirs.parent.mkdir()
+        theirs.write_text("theirs")
+        return read(*arguments)
+
+    monkeypatch.setattr(predictions, "read", beside_another)
+    with pytest.raises(UserError, match=r"/soft exists\."):
+        again(teacher, tmp_path / "soft")
+    assert theirs.read_text() == "theirs"
+
+
+def test_on_a_store_it_makes_the_files_that_it_makes_on_a_disk(teacher, stored, tmp_path, memory):
+    out = again(stored, memory / "soft")
     assert contents(out) == contents(again(teacher, tmp_path / "soft"))
     assert {file.relative_to(memory).parts[0] for file in memory.rglob("*")} == {"data", "train.parquet", "soft"}
 
