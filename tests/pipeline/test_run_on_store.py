@@ -235,6 +235,12 @@ def test_no_archive_stands_beside_a_package_that_it_is_not_of(memory, small_pack
     assert not (memory / "p.tar").exists()
 
 
+def test_what_a_killed_export_left_of_its_archive_is_removed_by_one_without(memory, small_packages):
+    (memory / f"p.tar.staging-{'0' * 32}" / "p.tar").write_bytes(b"half")
+    exporting.write_package(ExportConfig(run=memory / "run", out=memory / "p"), "new", None, None, None)
+    assert written(memory).keys() == {"p/rows", "p/manifest.json"}
+
+
 def test_an_export_leaves_the_package_of_a_faster_one(memory, small_packages, monkeypatch):
     archived = exporting.write_archive
 

@@ -101,10 +101,10 @@ def write_package(
     config: ExportConfig, source: Source, dataset: Dataset, trained: CheckpointManifest, base: Chain | None
 ) -> Manifest:
     """Writes a package, and its archive, and commits both. Raises UserError, OSError: nothing is left."""
-    if on_store(config.out):
-        return _put_package(config, source, dataset, trained, base)
     place = archive_path(config)
     remove_left(place)
+    if on_store(config.out):
+        return _put_package(config, source, dataset, trained, base)
     with ExitStack() as stack:
         staging = stack.enter_context(staging_of(config.out))
         manifest = Package(config, source, dataset, trained, staging, base).write()
