@@ -31,6 +31,7 @@ from pipeline.dataset.entries import Shard
 from pipeline.dataset.shards import open_shard, with_plain_texts
 from pipeline.run.run import Run
 from pipeline.storage.files import make_folder, whole
+from pipeline.storage.patience import cure_of
 from pipeline.storage.uploading import uploading
 
 
@@ -128,7 +129,7 @@ def read(file: Path, hint: str = "Remove it: jobs.evaluate writes it again.") ->
             check_file(file)
         return pl.read_parquet(whole(file), glob=False)
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}). {hint}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {cure_of(error, hint)}") from None
 
 
 def row_losses(rows: pl.DataFrame, task: str, kind: str) -> tuple[np.ndarray, np.ndarray]:

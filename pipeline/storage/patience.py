@@ -159,6 +159,13 @@ def _raise(what: object, limit: float, error: Exception) -> NoReturn:
     raise error
 
 
+def cure_of(error: Exception, damaged: str) -> str:
+    """What to do about a file that cannot be read: `damaged`, unless its store does not answer or refuses."""
+    unavailable = isinstance(error, OSError) and error.errno in (errno.ETIMEDOUT, errno.EACCES)
+    on_store = isinstance(error, OSError) and "://" in str(error.filename)
+    return "Run the same command again once its store gives it." if unavailable and on_store else damaged
+
+
 def without_secrets(text: str) -> str:
     """A text without passwords in URLs, signatures in queries, and the values of secret variables of the environment."""
     text = re.sub(r"//[^/\s@]*@", "//…@", text)

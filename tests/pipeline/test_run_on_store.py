@@ -1,5 +1,6 @@
 """A run and its dataset on a store: the same figures, packages and predictions as on disk."""
 
+import errno
 import io
 import shutil
 import tarfile
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fsspec.implementations.memory import MemoryFileSystem
 from s3_server import SECRET
 from store_fixtures import use_store
 
@@ -180,6 +182,18 @@ def test_a_package_and_its_delta_on_s3_are_those_of_a_disk(world: Run, trained: 
     assert {task: x_B.tobytes() for task, x_B in found.items()} == {task: x_B.tobytes() for task, x_B in wanted.items()}
     with pytest.raises(UserError, match="is there already"):
         export(ExportConfig(run=world.path, out=root / "p2", threads=1))
+
+
+@pytest.mark.parametrize("read", [figures.read, predictions.read], ids=["figures", "predictions"])
+def test_a_file_of_a_store_that_does_not_answer_is_not_said_to_be_damaged(memory, monkeypatch, read):
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
+
+    monkeypatch.setattr(MemoryFileSystem, "info", refused)
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.2")
+    with pytest.raises(UserError, match=r"has not answered for 0\.2 s.*Run the same command again") as stop:
+        read(memory / "test-2.parquet")
+    assert "Remove it" not in str(stop.value)
 
 
 @pytest.fixture

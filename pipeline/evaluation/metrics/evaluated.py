@@ -19,6 +19,7 @@ from features.regular_files import lstat_regular
 from pipeline.evaluation.metrics.intervals import buckets_used, left_out, quantile, standard_error
 from pipeline.run.run import Run, config_hash
 from pipeline.storage.files import make_folder, whole
+from pipeline.storage.patience import cure_of
 from pipeline.storage.uploading import uploading
 
 ALL = "all"  # the slice of all rows
@@ -159,7 +160,7 @@ def read(file: Path) -> Evaluated:
         figures = pl.read_parquet(source := whole(file), glob=False)
         provenance = Provenance.model_validate(_content(pl.read_parquet_metadata(source)))
     except (OSError, pa.ArrowException, pl.exceptions.PolarsError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}). {hint}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {cure_of(error, hint)}") from None
     except ValidationError as error:
         raise UserError(f"{file}: {first_fault(error)}. {hint}") from None
     if dict(figures.schema) != COLUMNS:
