@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ValidationError
 
-from features.errors import UserError, join_faults
+from features.errors import UserError, fault_text, join_faults
 from features.schema.schema import SPLITS, RowIndexSplit, Schema
 from features.schema.unlabelled import without_labels
 from pipeline.dataset.manifest import Manifest
@@ -98,9 +99,8 @@ class Preprocess(beam.PTransform):
         super().__init__()
         if unknown := settings.keys() & OTHERS | settings.keys() - PreprocessConfig.model_fields.keys():
             raise UserError(f"Preprocess: {join_faults(sorted(unknown))}: no setting of the transform")
-        folder = place(scratch).resolve()
-        settings |= {"order": order, "encoders": {"from": encoders}}
-        config = PreprocessConfig(input=str(folder / "batches"), out=folder / "dataset", **settings)
+        folder = _folder(scratch)
+        config = _config(folder, settings | {"order": order, "encoders": {"from": encoders}})
         self.run = Run(config, schema, folder, uuid.uuid4().hex)
         _check(self.run)
 
@@ -306,6 +306,23 @@ def _check(run: Run) -> None:
         raise UserError("Preprocess: split by row_index: rows of batches have no index. Split by hash or time.")
     if out.exists():
         raise UserError(f"{out} exists. Remove it, or give Preprocess another scratch folder.")
+
+
+def _folder(scratch: str | Path) -> Path:
+    """Raises UserError for a URL of no storage, or with a password in it."""
+    try:
+        return place(scratch).resolve()
+    except ValueError as error:
+        raise UserError(f"Preprocess: scratch: {error}") from None
+
+
+def _config(folder: Path, settings: dict[str, Any]) -> PreprocessConfig:
+    """Raises UserError for values that a setting cannot have, which are not shown: a URL may have a password in it."""
+    try:
+        return PreprocessConfig.model_validate({"input": str(folder / "batches"), "out": folder / "dataset"} | settings)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, each['loc']))}: {fault_text(each)}" for each in error.errors()]
+        raise UserError(f"Preprocess: {join_faults(faults)}") from None
 
 
 def _check_streams(wanted: list[str], given: dict[str, Any]) -> None:

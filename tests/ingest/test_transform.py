@@ -197,6 +197,14 @@ def test_what_a_transform_cannot_do_is_refused_before_the_pipeline_runs(small_co
         Preprocess(schema, tmp_path, workers=2)
     with pytest.raises(UserError, match="batches come in no order"):
         Preprocess(schema, tmp_path, order="input")
+    with pytest.raises(
+        UserError, match=r"^Preprocess: seed: .*valid integer.*; rows_per_shard: .*greater than or equal to 1$"
+    ):
+        Preprocess(schema, tmp_path, seed="many", rows_per_shard=0)
+    for places in ({"scratch": "s3://user:secret1@bucket/x"}, {"scratch": tmp_path, "encoders": "s3://a:secret1@b/x"}):
+        with pytest.raises(UserError, match="has a password") as refused:
+            Preprocess(schema, **places)
+        assert "secret1" not in str(refused.value)
     split = {"by": "row_index", "modulo": 2, "train": [0], "valid": [1]}
     with pytest.raises(UserError, match="rows of batches have no index"):
         Preprocess(Schema.parse(alone | {"split": split}, where="mine.yaml"), tmp_path)
