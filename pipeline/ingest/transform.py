@@ -128,14 +128,14 @@ class Preprocess(beam.PTransform):
 
 
 class _Read(beam.PTransform):
-    """The row groups of files that `find` names."""
+    """The parts of files that `find` names."""
 
     def __init__(self, find: Any) -> None:
         super().__init__()
         self.find = find
 
     def expand(self, manifest: beam.PCollection) -> beam.PCollection:
-        return manifest | "find" >> beam.FlatMap(self.find) | beam.Reshuffle() | "read" >> beam.Map(read_group)
+        return manifest | "find" >> beam.FlatMap(self.find) | beam.Reshuffle() | "read" >> beam.FlatMap(read_rows)
 
 
 @dataclass(frozen=True)
@@ -282,18 +282,20 @@ def row_groups(dataset: Path, split: str, manifest: dict[str, Any]) -> Iterator[
             yield from ((dataset / shard.path, index) for index in range(len(shard.row_groups)))
 
 
-def dead_letters(dataset: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, int]]:
-    """The row groups of dead letters; a file of them has one."""
+def dead_letters(dataset: Path, manifest: dict[str, Any]) -> Iterator[tuple[Path, None]]:
+    """The files of dead letters, each to be read whole."""
     for file in Manifest.model_validate(manifest).dead_letter_files:
-        yield dataset / file.path, 0
+        yield dataset / file.path, None
 
 
-def read_group(group: tuple[Path, int]) -> pa.RecordBatch:
-    """A row group of a file."""
-    path, index = group
+def read_rows(part: tuple[Path, int | None]) -> list[pa.RecordBatch]:
+    """A row group of a file, or all of it: one batch, or several where a column has more than a batch takes, 2 GiB of text."""
+    path, index = part
     with RangedFile(path) if on_store(path) else path.open("rb") as file:
-        table = pq.ParquetFile(file).read_row_group(index, use_threads=False)
-    return table.combine_chunks().to_batches()[0]
+        parquet = pq.ParquetFile(file)
+        groups = range(parquet.num_row_groups) if index is None else [index]
+        table = parquet.read_row_groups(groups, use_threads=False)
+    return table.combine_chunks().to_batches()
 
 
 def _check(run: Run) -> None:

@@ -10,13 +10,15 @@ from typing import Any
 import apache_beam as beam
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from ingest_runs import SPLITS, content_of, dead_letters_of, no_beam, rows_by_id, run
 
 from features.errors import UserError
 from features.schema.schema import Schema
-from pipeline.ingest.transform import Preprocess, after, begin, do, read_group, row_groups, spill
+from pipeline.dataset.manifest import Manifest
+from pipeline.ingest.transform import Preprocess, after, begin, dead_letters, do, read_rows, row_groups, spill
 
 pytestmark = pytest.mark.integration
 
@@ -146,7 +148,17 @@ def test_two_equal_batches_are_twice_the_rows(where, small_log, alone, tmp_path,
     assert sum(manifest["rows"].values()) == 1000
     groups = [group for split in SPLITS for group in row_groups(scratch / "dataset", split, manifest)]
     assert len(groups) == 3
-    assert len({row_id for group in groups for row_id in read_group(group)["row_id"].to_pylist()}) == 1000
+    assert len({row_id for [rows] in map(read_rows, groups) for row_id in rows["row_id"].to_pylist()}) == 1000
+
+
+def test_a_file_of_dead_letters_is_given_whole_however_many_row_groups_it_has(of_files, tmp_path):
+    copied = shutil.copytree(of_files, tmp_path / "copied")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    [path] = [copied / file.path for file in Manifest.model_validate(manifest).dead_letter_files]
+    rows = pa.concat_tables([pq.read_table(path)] * 5)
+    pq.write_table(rows, path, row_group_size=2)
+    found = [batch for part in dead_letters(copied, manifest) for batch in read_rows(part)]
+    assert pa.Table.from_batches(found).equals(rows)
 
 
 def test_encoders_of_a_dataset_encode_batches_without_labels(of_files, small_log, small_content, tmp_path):
