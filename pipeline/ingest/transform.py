@@ -30,7 +30,7 @@ from pipeline.ingest.schedule import Limits
 from pipeline.ingest.staging import make_folders
 from pipeline.ingest.state import IMPRESSIONS, Job
 from pipeline.ingest.steps import run_step
-from pipeline.storage.files import make_folder, storage_of
+from pipeline.storage.files import make_folder, remove_tree, storage_of
 from pipeline.storage.ranges import RangedFile
 from pipeline.storage.store_path import on_store, place
 
@@ -254,7 +254,7 @@ def after(run: Run, reports: list[tuple[int, Report | Failure]], step: str) -> I
         UserError: what is wrong, as jobs.preprocess says it.
     """
     last = step == run.steps[-1]
-    if last and (run.config.out / "manifest.json").is_file():  # an attempt that the engine lost has committed it
+    if last and _is_committed(run):
         yield _manifest(run.config.out)
         return
     job, limits = _planned(_plan_file(run))
@@ -269,6 +269,16 @@ def after(run: Run, reports: list[tuple[int, Report | Failure]], step: str) -> I
     if last:
         commit_job(run.config, job, limits, run.schema, run.config.out)
         yield _manifest(run.config.out)
+
+
+def _is_committed(run: Run) -> bool:
+    """Whether an attempt that the engine lost has committed the dataset; what one has begun of that is ended first."""
+    staging, out = run.staging, run.config.out
+    whole = staging / "manifest.json"  # it is written last
+    if not (out / "manifest.json").is_file() and whole.is_file():
+        remove_tree(staging / "scratch")
+        storage_of(out).commit(staging, out)
+    return (out / "manifest.json").is_file()
 
 
 def _manifest(dataset: Path) -> dict[str, Any]:

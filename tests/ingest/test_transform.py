@@ -17,8 +17,12 @@ from ingest_runs import SPLITS, content_of, dead_letters_of, no_beam, rows_by_id
 
 from features.errors import UserError
 from features.schema.schema import Schema
+from pipeline.dataset import dataset
 from pipeline.dataset.manifest import Manifest
+from pipeline.ingest import transform
+from pipeline.ingest.messages import Failure
 from pipeline.ingest.transform import Preprocess, after, begin, dead_letters, do, read_rows, row_groups, spill
+from pipeline.storage.files import storage_of
 
 pytestmark = pytest.mark.integration
 
@@ -139,9 +143,12 @@ def alone(small_content) -> dict[str, Any]:
     return content | {"tasks": {"bought": {"kind": "binary", "label": "qty > 1"}}}
 
 
-@pytest.mark.parametrize("where", ["folder", "store"])
-def test_two_equal_batches_are_twice_the_rows(where, small_log, alone, tmp_path, request):
-    scratch = tmp_path / "scratch" if where == "folder" else request.getfixturevalue("memory")
+@pytest.fixture(params=["folder", "store"])
+def scratch(request, tmp_path) -> Path:
+    return tmp_path / "scratch" if request.param == "folder" else request.getfixturevalue("memory")
+
+
+def test_two_equal_batches_are_twice_the_rows(scratch, small_log, alone):
     batches = batches_of(small_log, "impressions-*")
     transform = Preprocess(Schema.parse(alone, where="mine.yaml"), str(scratch), rows_per_row_group=400)
     manifest = in_a_loop(transform, {"impressions": [*batches, batches[0]]})
@@ -149,6 +156,29 @@ def test_two_equal_batches_are_twice_the_rows(where, small_log, alone, tmp_path,
     groups = [group for split in SPLITS for group in row_groups(scratch / "dataset", split, manifest)]
     assert len(groups) == 3
     assert len({row_id for [rows] in map(read_rows, groups) for row_id in rows["row_id"].to_pylist()}) == 1000
+
+
+def test_a_commit_whose_worker_was_killed_is_ended_by_the_next_attempt(scratch, small_log, alone, monkeypatch):
+    batches = batches_of(small_log, "impressions-*")
+    made = Preprocess(Schema.parse(alone, where="mine.yaml"), str(scratch))
+    killed = Preprocess(Schema.parse(alone, where="mine.yaml"), str(scratch / "killed"))
+
+    class Killed(BaseException):
+        pass
+
+    def begun(folder: Path) -> Any:
+        monkeypatch.setattr(dataset, "storage_of", storage_of)
+        raise Killed
+
+    manifest = in_a_loop(made, {"impressions": batches})
+    monkeypatch.setattr(dataset, "storage_of", begun)
+    with pytest.raises(Killed):
+        in_a_loop(killed, {"impressions": batches})
+    transform._planned.cache_clear()  # of the worker that was killed
+    for _ in range(2):
+        assert list(after(killed.run, [(0, Failure("never asked"))], step=killed.run.steps[-1])) == [manifest]
+    files = content_of(scratch / "dataset")
+    assert content_of(scratch / "killed" / "dataset") == files
 
 
 def test_a_file_of_dead_letters_is_given_whole_however_many_row_groups_it_has(of_files, tmp_path):
