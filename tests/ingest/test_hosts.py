@@ -1,5 +1,6 @@
 """The same dataset, byte for byte, from workers on other hosts; hosts that are gone, or not what they should be."""
 
+import json
 import os
 import re
 import socket
@@ -194,6 +195,16 @@ def test_work_that_ends_its_workers_is_given_up_with_where_they_were(pools, warn
     assert len(warnings) == 3
 
 
+def test_work_that_comes_after_the_last_pool_is_gone_fails_too(monkeypatch):
+    monkeypatch.setattr(pools_of, "RETURN_S", 0)
+    with started({}) as [pool], working([pool.address]) as one:
+        assert one.submit("read", 0, 0).result(30).error.isdecimal()
+        pool.kill()
+        for number in (1, 2):
+            report = one.submit("join", number, 0).result(30)
+            assert report.error.startswith(f"hosts: no worker pool is left in step join: {pool.address}: nothing")
+
+
 # Pools that cannot be used
 
 
@@ -279,14 +290,32 @@ def test_a_proof_without_the_secret_or_of_another_exchange_gets_no_worker(pools)
         with socket.create_connection((host, int(port)), 5) as stranger:
             nonce = yaml.safe_load(stranger.makefile().readline())["nonce"]
             seen.append(nonce)
-            stranger.sendall(b'{"nonce": "a", "proof": "%s"}\n' % proof.encode())
+            stranger.sendall(b'{"nonce": "a", "proof": "%s", "files": [["nowhere", null]]}\n' % proof.encode())
             return yaml.safe_load(stranger.makefile().readline())
 
     seen: list[str] = []
-    assert "refused" in answer("")
+    wrong = {"refused": f"has another {handshake.KEY_VARIABLE}"}  # nor a word of which files are there
+    assert answer("") == wrong
     right = handshake.proof(KEY.encode(), "job", seen[0], "a")
-    assert "refused" in answer(right)
+    assert answer(right) == wrong
     assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize("knows", ["another secret", "what the job has sent"])
+def test_a_job_unpickles_nothing_of_a_pool_without_the_secret(knows):
+    job, pool = socket.socketpair()
+
+    def pretend() -> None:
+        with pool, pool.makefile("rw") as lines:
+            print(json.dumps({"nonce": "a"}), file=lines, flush=True)
+            asked = json.loads(lines.readline())
+            guess = handshake.proof(b"guess", "pool", "a", asked["nonce"])
+            proof = guess if knows == "another secret" else asked["proof"]
+            print(json.dumps({"proof": proof, "versions": {}}), file=lines, flush=True)
+
+    threading.Thread(target=pretend, daemon=True).start()
+    with job, pytest.raises(handshake.HandshakeError, match="has another TASKFUSE_POOL_KEY"):
+        handshake.greet_pool(job, KEY.encode(), {}, [])
 
 
 def end_of_pool(*arguments: str, **environment: str) -> str:
