@@ -18,7 +18,7 @@ from pipeline.ingest.runners import spark_cluster, spark_tasks
 from pipeline.ingest.runners.beam_compat import FnApiRunner, WindowedValue, beam, errors_only
 from pipeline.ingest.runners.spark import SparkResult, SparkRunner, run_steps
 from pipeline.ingest.runners.spark_tasks import Measured, Step, check_versions
-from pipeline.ingest.runners.spark_translation import transforms_of, translate
+from pipeline.ingest.runners.spark_translation import Collection, transforms_of, translate
 
 needs_java = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 LOCAL = "local[2,3]"  # two cores, three attempts at a task
@@ -250,6 +250,44 @@ def test_what_the_runner_does_not_translate_is_refused_by_name_before_anything_r
     assert "mine" in str(caught.value)
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_made_of_all_results_of_a_step_is_made_by_the_driver_alone():
+    ran: list[tuple[bool, list[str]]] = []
+
+    def run(collection: Collection) -> list[list[Any]]:
+        ran.append((collection.on_driver, [step.label for step in collection.steps]))
+        return [spark_tasks.run_bundle(collection.steps, bundle).elements for bundle in collection.bundles]
+
+    pipeline = beam.Pipeline(SparkRunner("spark://nobody:1", {}))
+    listed = (
+        pipeline
+        | beam.Create([3, 4])
+        | "do" >> beam.Map(lambda x: x + 1)
+        | "gather" >> beam.CombineGlobally(beam.combiners.ToListCombineFn())
+    )
+    listed | "plan" >> beam.FlatMap(sorted) | beam.Reshuffle() | "next" >> beam.Map(str)
+    translate(transforms_of(pipeline), run)
+    assert ran == [(False, ["do", "gather"]), (True, ["gather", "plan"]), (False, ["next"])]
+    spark_tasks.unload()
+
+
+def test_functions_of_a_bundle_that_failed_are_torn_down_and_loaded_anew():
+    torn_down = []
+
+    class Fails(beam.DoFn):
+        def process(self, element):
+            raise ValueError(element)
+
+        def teardown(self):
+            torn_down.append(self)
+
+    steps = (Step("fails", b""),)
+    spark_tasks.LOADED[steps] = [(Fails(), (), {})]
+    with pytest.raises(ValueError, match="7"):
+        spark_tasks.run_bundle(steps, [7])
+    assert len(torn_down) == 1
+    assert not spark_tasks.LOADED
 
 
 def test_functions_are_set_up_once_a_process_and_torn_down_when_the_next_ones_come():
