@@ -1,6 +1,8 @@
 """Which raw files there are, the units they are cut into, and what is said of those that cannot be read."""
 
+import errno
 import gzip
+import io
 import os
 from datetime import date
 from pathlib import Path
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from features.errors import UserError
 from features.source import Format
 from pipeline.ingest import files
-from pipeline.ingest.files import RawFile, check_unchanged, files_by_date, find
+from pipeline.ingest.files import PatientFile, RawFile, check_unchanged, files_by_date, find, readable
 from pipeline.ingest.formats import check_columns, units
 
 DAYS = [date(2024, 1, 1), date(2024, 1, 2), date(2024, 1, 3)]
@@ -158,6 +160,27 @@ def test_a_storage_that_refuses_is_named_in_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "glob", refuse)
     with pytest.raises(UserError, match=r"^memory://b: the storage .*: Forbidden request 4711\. Check address .*$"):
         find("memory://b", "*.csv")
+
+
+def test_a_read_that_breaks_off_is_repeated_from_where_it_began() -> None:
+    class BreaksOff(io.BytesIO):
+        breaks = 2
+
+        def read(self, size: int | None = -1) -> bytes:
+            found = super().read(size)
+            self.breaks -= 1
+            if self.breaks == 0:
+                raise ConnectionResetError(errno.ECONNRESET, "reset")
+            return found
+
+    file = PatientFile("memory://a.csv", lambda: BreaksOff(b"0123456789"))
+    assert [file.read(2), file.read(3), file.read()] == [b"01", b"234", b"56789"]
+
+
+def test_a_store_that_stays_away_is_named_as_such_and_not_as_a_damaged_file() -> None:
+    with pytest.raises(UserError) as caught, readable("s3://logs/a.csv"):
+        raise OSError(errno.ETIMEDOUT, "the store has not answered for 9 s: reset", "s3://logs/a.csv")
+    assert str(caught.value) == "s3://logs/a.csv: the store has not answered for 9 s: reset. Run again once it does."
 
 
 @settings(max_examples=examples(100), deadline=None)

@@ -1,5 +1,6 @@
 """Jobs whose store is gone for a while or for good, or that are killed: the same bytes in the end, or one line and nothing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from store_fixtures import FaultProxy
 
 from features.errors import UserError
 from pipeline.ingest import job as ingest_job
+from pipeline.ingest.messages import Failure, Report
+from pipeline.ingest.steps import reported
 from pipeline.storage.store_path import StorePath, files_below
 
 pytestmark = pytest.mark.system
@@ -117,6 +120,16 @@ def test_a_store_that_stays_away_stops_the_job_with_one_line_and_leaves_the_data
     assert "\n" not in str(caught.value)
     proxy.start()
     assert on(out) == wanted
+
+
+def test_a_piece_of_work_for_which_a_store_stays_away_fails_with_the_stores_line(memory: StorePath):
+    def write() -> Report:
+        raise OSError(errno.ETIMEDOUT, "the store has not answered for 9 s: reset", str(memory / "scratch/part"))
+
+    failure = reported(write, memory / "out", memory / "progress", "write", 0)
+    assert failure == Failure(
+        f"{memory}/scratch/part: the store has not answered for 9 s: reset. Run again once it does."
+    )
 
 
 KILLED = """
