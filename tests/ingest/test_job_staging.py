@@ -136,6 +136,25 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
     assert "encoded" in lying["encode"]
 
 
+def test_rows_and_states_are_flushed_to_disk(small_log, content, tmp_path, monkeypatch):
+    flushed: set[int] = set()
+    undisturbed = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.fstat(descriptor).st_ino)
+        undisturbed(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    log = shutil.copytree(small_log, tmp_path / "log")
+    with (log / "impressions-1.csv").open("a") as file:
+        file.write("no row\n")
+    run(log, tmp_path / "out", content, max_bad_fraction=0.01, **SIZES)
+    folders = ("train", "valid", "test", "state", "dead_letters")
+    files = {folder: [*(tmp_path / "out" / folder).glob("*")] for folder in folders}
+    assert all(files.values())
+    assert not [file for found in files.values() for file in found if file.stat().st_ino not in flushed]
+
+
 def run_with_retries(_: PreprocessConfig, job: Job, limits: Limits, units: list[ReadWork]) -> None:
     """As a runner does whose workers die: each element and what follows a step twice, and reports in any order."""
     work: list[tuple[int, Work]] = list(enumerate(units))
