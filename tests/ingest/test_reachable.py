@@ -1,8 +1,10 @@
 """What is said before a pipeline on another machine starts, or soon after, in place of silence."""
 
+import errno
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +153,16 @@ def test_workers_that_do_not_begin_are_worth_a_line_and_those_that_do_are_not(mo
     with watched(config("portable", EXTERNAL), tmp_path):
         time.sleep(0.3)
     assert len(warnings) == 1
+
+
+def test_progress_on_a_store_that_is_gone_says_nothing_of_workers(monkeypatch, warnings, memory):
+    def gone(_: object, __: str) -> None:
+        raise OSError(errno.ETIMEDOUT, "the store has not answered for 9 s")
+
+    monkeypatch.setattr(reachable, "BEGIN_S", 0)
+    monkeypatch.setattr(type(memory), "glob", gone)
+    reachable._warn_of_silence(config("portable", EXTERNAL), memory, threading.Event())
+    assert warnings == []
 
 
 def test_an_endpoint_that_is_gone_in_the_middle_is_one_line(tmp_path):

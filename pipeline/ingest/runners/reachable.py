@@ -183,7 +183,13 @@ def watched(config: PreprocessConfig, progress: Path) -> Iterator[None]:
 
 
 def _warn_of_silence(config: PreprocessConfig, progress: Path, ended: threading.Event) -> None:
-    if ended.wait(BEGIN_S) or any(progress.glob("read-*")):
+    if ended.wait(BEGIN_S):
+        return
+    try:
+        begun = any(progress.glob("read-*"))
+    except OSError:  # a store that is gone for a while, which the steps bear or report
+        return
+    if begun:
         return
     flags = beam_compat.flags_of(config.options)
     where = flags.known.get("environment_config")
