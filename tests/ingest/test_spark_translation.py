@@ -322,3 +322,6 @@ def test_other_versions_of_packages_than_the_drivers_are_named():
     check_versions(tuple(spark_tasks.installed().items()))
     with pytest.raises(UserError, match=r"Spark worker .* has pyarrow .* \(the driver has 1\.0\)"):
         check_versions((("pyarrow", "1.0"),))
+    bundle = spark_tasks.run_task((Step("unread", b"no pickle"),), {"pyarrow": "1.0"}, [1])
+    assert "pyarrow" in str(bundle.failure)
+    assert not bundle.elements
