@@ -1,10 +1,12 @@
 """Where a dataset grows: folders of jobs that live or were killed, files that no step reads any more, steps done twice."""
 
+import errno
 import fcntl
 import os
 import random
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -108,6 +110,23 @@ def test_a_folder_is_gone_whatever_ends_the_job(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"), staging_of(tmp_path / "file" / "out"):
         pass
+
+
+@pytest.mark.parametrize("name", ["read", "write"])
+def test_nothing_is_committed_where_neither_a_report_nor_that_could_be_written(
+    name, small_log, content, tmp_path, monkeypatch
+):
+    undisturbed = schedule.write_json
+
+    def full(path: Path, written: Any) -> None:
+        if path.name in (f"{name}.json", "error.json"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        undisturbed(path, written)
+
+    monkeypatch.setattr(schedule, "write_json", full)
+    with pytest.raises(UserError, match="the report of a step could not be written"):
+        run(small_log, tmp_path / "out", content, **SIZES)
+    assert not [*tmp_path.iterdir()]
 
 
 # Files from step to step

@@ -1,5 +1,6 @@
 """Preprocess in another pipeline gives what the job writes for files of the same rows."""
 
+import errno
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from features.errors import UserError
 from features.schema.schema import Schema
 from pipeline.dataset import dataset
 from pipeline.dataset.manifest import Manifest
-from pipeline.ingest import transform
+from pipeline.ingest import schedule, transform
 from pipeline.ingest.messages import Failure
 from pipeline.ingest.transform import Preprocess, after, begin, dead_letters, do, read_rows, row_groups, spill
 from pipeline.storage.files import storage_of
@@ -231,6 +232,16 @@ def test_what_is_wrong_with_rows_stops_the_pipeline_with_the_line_of_the_job(sma
     with pytest.raises(UserError, match="no batches of impressions"):
         list(begin(transform.run, []))
     assert not (tmp_path / "scratch" / "dataset").exists()
+
+
+def test_a_step_whose_reports_cannot_be_written_stops_the_pipeline(small_log, alone, tmp_path, monkeypatch):
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(schedule, "write_json", full)
+    transform = Preprocess(Schema.parse(alone, where="mine.yaml"), tmp_path / "scratch")
+    with pytest.raises(UserError, match="the reports of step read could not be written"):
+        in_a_loop(transform, {"impressions": batches_of(small_log, "impressions-*")})
 
 
 def test_what_a_transform_cannot_do_is_refused_before_the_pipeline_runs(small_content, alone, tmp_path):
