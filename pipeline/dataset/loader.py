@@ -35,7 +35,7 @@ from pipeline.dataset.dataset import Dataset
 from pipeline.dataset.entries import Shard
 from pipeline.dataset.lanes import Buffer, Piece, Share, Window, blocks, check_sizes, pieces_of, shares
 from pipeline.dataset.read_ahead import OPEN_SHARDS, Fetched, ReadAhead, Reading, StoredGroups
-from pipeline.dataset.shards import check_group_pages, check_groups, check_ids, open_shard
+from pipeline.dataset.shards import check_groups, check_ids, open_shard
 
 logger = logging.getLogger(__name__)
 DELAY = 2  # batches of a store: a rank's message to the others is read one step later
@@ -248,11 +248,11 @@ class Loader:
                 if is_needed:
                     yield step, number, pieces_of(block, order, end_G)
 
-        held: list[set[int]] = [set() for _ in shares]  # row groups of each lane's block, which others share
+        current: list[set[int]] = [set() for _ in shares]  # row groups of each lane's block, which others share
         for _, number, pieces in heapq.merge(*(blocks_of(number, share) for number, share in enumerate(shares))):
             groups = [piece.group for piece in pieces]
-            yield from (group for group in groups if not any(group in others for others in held))
-            held[number] = {*groups}
+            yield from (group for group in groups if not any(group in others for others in current))
+            current[number] = {*groups}
 
     def _blocks(self, end_G: np.ndarray, position: Position, share: Share) -> Iterator[tuple[bool, list[Window]]]:
         """A lane's windows from its cursor on, in blocks, and whether a block has rows of the share."""
@@ -330,7 +330,7 @@ class Loader:
                 return file.read_row_group(index, self.read_columns, use_threads=False)
         fetched, parts = ahead.take(group) if ahead else self._fetch(group)
         with self._reading, fetched.holding(parts) as content:
-            check_group_pages(self.dataset, fetched.shard, fetched.footer, self.read_columns, [index], content)
+            check_groups(self.dataset, fetched.shard, fetched.footer, self.read_columns, [index], content)
             return fetched.file.read_row_group(index, self.read_columns, use_threads=False)
 
     def decode(self, group: int, ahead: ReadAhead | None = None) -> Rows:

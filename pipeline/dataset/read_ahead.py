@@ -77,7 +77,7 @@ class StoredGroups:
         self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # by shard: one reads its footer
 
     def fetch(self, shard: Shard, index: int) -> Fetched:
-        """A row group, by number, whose footer is checked as by check_groups. Raises as open_shard."""
+        """A row group, by number, once its entries in the footer have passed check_footer. Raises as open_shard."""
         with self.locks[shard.path]:
             footer = self._footer(shard)
         with self.lock:

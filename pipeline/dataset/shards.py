@@ -48,7 +48,7 @@ def open_shard(
         check_footer(fetched.footer, path, shard.bytes, columns, groups=groups)
         wanted = requests_of(fetched.ranges(columns, numbers))
         fetched.put(zip(wanted, read_ranges(path, wanted), strict=True))
-        check_group_pages(dataset, shard, fetched.footer, columns, groups, fetched.content)
+        check_groups(dataset, shard, fetched.footer, columns, groups, fetched.content)
         return fetched.file
     lstat_regular(dataset.path, shard.path)
     if footer_sha256(path) != shard.footer_sha256:
@@ -150,25 +150,19 @@ def check_groups(
     footer: pq.FileMetaData,
     columns: Sequence[str] | None = None,
     groups: Sequence[int] | None = None,
-) -> None:
-    """Raises UserError where a row group of an open shard would unpack to too much. Arguments as of `open_shard`.
-
-    All of a shard of many columns take as long as decoding one of them.
-    """
-    check_footer(footer, dataset.path / shard.path, shard.bytes, columns, groups=groups)
-    check_group_pages(dataset, shard, footer, columns, groups)
-
-
-def check_group_pages(
-    dataset: Dataset,
-    shard: Shard,
-    footer: pq.FileMetaData,
-    columns: Sequence[str] | None = None,
-    groups: Sequence[int] | None = None,
     content: Content | None = None,
 ) -> None:
-    """The part of `check_groups` that needs the pages; `content` as of check_pages."""
+    """Raises UserError where a row group of an open shard would unpack to too much.
+
+    All of a shard of many columns take as long as decoding one of them.
+
+    Args:
+        columns, groups: as of `open_shard`.
+        content: as of check_pages, for a shard on a store: its footer was checked before its pages were fetched.
+    """
     path = dataset.path / shard.path
+    if content is None:
+        check_footer(footer, path, shard.bytes, columns, groups=groups)
     check_pages(path, footer, columns, nested=True, groups=groups, content=content)
     texts = [column for column in _texts(dataset) if columns is None or column in columns]
     check_pages(path, footer, texts, groups=groups, content=content)
