@@ -177,6 +177,27 @@ def test_a_store_that_stays_away_is_one_line_and_leaves_no_checkpoint(
     assert checkpoint.steps(through_proxy) == [3]
 
 
+def test_a_manifest_whose_answer_is_lost_for_good_leaves_a_whole_checkpoint(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASKFUSE_STORE_TIMEOUT", "0.1")
+    system = type(memory.system)
+    pipe_file = system.pipe_file
+
+    def unanswered(self: Any, path: str, content: bytes, **named: Any) -> Any:
+        if not path.endswith("manifest.json"):
+            return pipe_file(self, path, content, **named)
+        pipe_file(self, path, content)
+        raise TimeoutError("away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(system, "pipe_file", unanswered)
+        with pytest.raises(UserError, match=r"cannot be written: .*has not answered"):
+            checkpoint.save(memory, SMALL, MANIFEST)
+    assert checkpoint.steps(memory) == [3]
+    checkpoint.check(checkpoint.folder(memory, 3))
+
+
 def test_pruning_keeps_the_best_the_pinned_and_the_newest_and_leaves_no_file_of_the_others(memory: StorePath) -> None:
     from pipeline.run import records, retention
 
@@ -252,9 +273,9 @@ def test_files_of_a_writer_that_was_taken_for_dead_come_late_and_change_nothing(
 
 def test_a_bucket_that_does_not_exist_is_named(s3: StorePath) -> None:
     run = Run(StorePath("s3://no-such-bucket/run"))
-    for lock in (lambda: run.lock("train", "another trainer writes to it"), lambda: run.wait_for_lock("eval")):
+    for call in (lambda: run.lock("train", "another trainer writes to it"), lambda: run.wait_for_lock("eval")):
         with pytest.raises(UserError, match=r"s3://no-such-bucket does not exist"):
-            lock()
+            call()
 
 
 def test_uploads_that_were_left_are_dropped_page_by_page_whatever_the_connection_does(

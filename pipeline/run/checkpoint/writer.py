@@ -32,6 +32,7 @@ from pipeline.run.checkpoint.manifest import INDEX, CheckpointManifest, folder, 
 from pipeline.run.checkpoint.staging import Staging
 from pipeline.run.checkpoint.upload import sending
 from pipeline.run.run import LostRunError
+from pipeline.storage.conditional import content_of
 from pipeline.storage.files import json_text, storage_of, write_json, write_text
 from pipeline.storage.objects import write_new
 from pipeline.storage.store_path import StorePath, on_store
@@ -119,9 +120,14 @@ def _begin(final: Path, before: Callable[[], None]) -> _Place:
 
 
 def _discard(place: _Place) -> None:
-    """Removes what this writer has written, and on a store nothing that may be another's by now."""
-    if not on_store(place.folder):
+    """Removes what this writer has written, and on a store nothing that may be another's by now.
+
+    Where the store has put the manifest, and its answer alone was lost, the checkpoint is one and stays.
+    """
+    if not isinstance(place.folder, StorePath):
         discard(place.folder)
+        return
+    if place.suffix.encode() in (content_of(place.folder / "manifest.json") or b""):
         return
     for file in place.folder.glob(f"*{place.suffix}.*"):
         file.unlink(missing_ok=True)
