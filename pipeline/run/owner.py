@@ -44,9 +44,9 @@ class Owner:
         self.is_lost = self.is_lost or (self.lock is not None and self.lock.lost)
         return self.is_lost
 
-    def check(self) -> None:
-        """Raises LostRunError where the run is known to be lost."""
-        if self.is_lost:
+    def check(self, ask: bool = False) -> None:
+        """Raises LostRunError where the run is known to be lost; `ask`: where it is, see `lost`."""
+        if self.lost() if ask else self.is_lost:
             raise LostRunError(
                 f"{self.run.path}: another trainer has taken the run over, since this one did not renew its lease in time. "
                 "This one ends, and writes nothing more."
@@ -54,14 +54,14 @@ class Owner:
 
     def before_commit(self) -> None:
         """Called before a checkpoint is one: the lines of the steps before it come first. Raises LostRunError, OSError."""
-        if self.run.outbox:
-            self.run.outbox.flush(only_lines=True)
-        self.lost()  # after the flush, which may have taken long
-        self.check()
+        self.run.flush()
+        self.check(ask=True)  # after the flush, which may have taken long
 
     def committed(self, step: int, seconds: float) -> None:
         """What follows a checkpoint that is on disk; called in the thread that wrote it."""
         self.run.saving_s = max(self.run.saving_s or 0, seconds)
+        if self.lost():  # later checkpoints than this one are the other trainer's
+            return
         retention.prune(self.run, self.keep, self.dataset, step)
         self.sinks.handle(Committed(step, time.time()))
 

@@ -190,8 +190,8 @@ class Run:
 
     def flush(self) -> None:
         """Puts the lines that `append` has kept for later. Raises OSError."""
-        if self.outbox:
-            self.outbox.flush(only_lines=True)
+        if outbox := self.outbox:  # which the trainer's thread drops at the end
+            outbox.flush(only_lines=True)
 
     def status(self) -> Status | None:
         """The last heartbeat, None before the first. Raises UserError for a damaged one."""

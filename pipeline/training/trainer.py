@@ -286,6 +286,7 @@ class Trainer:
         self.nonfinite.reset()
         self.consensus.collect()
         if self.metrics:
+            self.owner.check(ask=True)
             self.run.drop_lines_after(self.state.step)
             self.metrics.roll_back(self.state.step)
             logger.warning(f"rolled back to step {self.state.step}, to skip the batch of step {bad_step}")

@@ -186,6 +186,27 @@ def test_a_rollback_on_a_store_leaves_each_step_once_in_its_lines(tmp_path: Path
     assert_identical(last(runs[1]), last(runs[0]))
 
 
+def test_a_trainer_that_has_lost_its_run_rolls_nothing_of_it_back(tmp_path: Path, memory: StorePath) -> None:
+    data = make_dataset(tmp_path / "data", spoil=("price", 123))
+
+    def files() -> dict[StorePath, bytes]:
+        return {file: file.read_bytes() for file in files_below(memory) if ".lease/" not in str(file)}
+
+    def taken_over(trainer: Trainer) -> None:
+        trainer.wait_for_writer()
+        trainer.run.flush()
+        lock: Any = trainer.owner.lock
+        lock.held.lost = True
+        seen.update(files())
+
+    seen: dict[StorePath, bytes] = {}
+    settings = {"nonfinite": "skip", "checkpoint_every": 50, "max_steps": 20, "log_every": 1}
+    with pytest.raises(LostRunError, match="another trainer has taken the run over"):
+        train(data, memory / "run", At(3, taken_over), **settings)
+    assert lines(memory / "run", "train.jsonl")
+    assert files() == seen
+
+
 def test_a_second_trainer_is_refused_and_changes_nothing(folder: Path, s3: StorePath) -> None:
     train(folder / "data", s3 / "run", max_steps=2)
     before = {file: file.read_bytes() for file in files_below(s3)}
@@ -273,6 +294,17 @@ def test_a_file_whose_content_cannot_be_had_keeps_neither_lines_nor_checkpoints_
     box.put(memory / "others", lambda: b"whole")
     assert box.close()
     assert (memory / "others").read_bytes() == b"whole"
+
+
+def test_a_run_that_is_lost_as_a_checkpoint_is_committed_keeps_the_others_checkpoints(memory: StorePath) -> None:
+    run = Run(memory / "run")
+    for step in (3, 5):
+        (checkpoint.folder(run.checkpoints, step) / "manifest.json").write_bytes(b"{}")
+    owner = Owner(run, Keep(last=1), "data", Sinks())
+    with lease.lease(memory / "lock") as owner.lock:
+        owner.lock.held.lost = True
+        owner.committed(3, 1.0)
+    assert checkpoint.steps(run.checkpoints) == [3, 5]
 
 
 def test_a_lease_that_is_lost_while_lines_are_put_commits_no_checkpoint(memory: StorePath) -> None:
