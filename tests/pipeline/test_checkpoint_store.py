@@ -13,7 +13,7 @@ from store_fixtures import FaultProxy
 
 from features.errors import UserError
 from pipeline.run import checkpoint
-from pipeline.run.checkpoint import manifest, rows, writer
+from pipeline.run.checkpoint import lock, manifest, rows, writer
 from pipeline.run.run import LostRunError, Run
 from pipeline.storage import object_files
 from pipeline.storage.store_path import StorePath, files_below
@@ -80,6 +80,22 @@ def test_what_a_killed_writer_has_left_is_no_checkpoint_and_is_removed(s3: Store
     # Without `tidy`, as after a rollback: the next one of this step takes the place.
     (left / "rank-00009-0.bin").write_bytes(b"half")
     checkpoint.check(checkpoint.save(s3, SMALL, MANIFEST.model_copy(update={"step": 4})))
+
+
+def test_what_a_killed_deleter_has_left_is_no_checkpoint_and_is_removed(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(path: Path) -> None:
+        raise SystemExit
+
+    path = saved(memory)
+    with monkeypatch.context() as patched:
+        patched.setattr(lock, "discard", killed)
+        with pytest.raises(SystemExit):
+            checkpoint.remove(path)
+    assert checkpoint.steps(memory) == []
+    checkpoint.tidy(memory)
+    assert names(memory) == []
 
 
 def test_a_damaged_checkpoint_is_replaced_once_nobody_reads_it(s3: StorePath) -> None:

@@ -267,6 +267,19 @@ def test_memory_of_a_shard_is_given_back_once_a_row_group_is_decoded(local: Data
     assert table["x"].to_pylist() == [float(n) for n in range(16, 32)]  # the table does not lie in it
 
 
+def test_footers_that_are_kept_take_a_quarter_of_the_limit_at_most(stored: Dataset) -> None:
+    def kept(limit: int) -> list[int]:
+        groups = StoredGroups(stored, ["x"], Reading(limit))
+        for shard in stored.shards("train"):
+            assert groups.fetch(shard, 0).parts
+        return [len(footer) for footer in groups.footers.values()]
+
+    sizes = kept(1 << 20)
+    assert len(sizes) == SHARDS
+    assert kept(4 * (sum(sizes) - 1)) == sizes[1:]
+    assert kept(4) == []
+
+
 # The cache
 
 

@@ -296,6 +296,22 @@ def test_a_file_whose_content_cannot_be_had_keeps_neither_lines_nor_checkpoints_
     assert (memory / "others").read_bytes() == b"whole"
 
 
+def test_a_run_whose_last_lines_cannot_be_written_ends_with_an_error(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(self: Any, path: Path, content: bytes) -> None:
+        raise OSError(errno.ETIMEDOUT, "the store has not answered for 1 s", str(path))
+
+    def trained() -> None:
+        with Owner(run, Keep(), "data", Sinks()).writing():
+            run.append(run.train_metrics, {"step": 1})
+            monkeypatch.setattr(objects.ObjectStorage, "write", away)
+
+    run = Run(memory / "run")
+    with pytest.raises(UserError, match="the last lines of its metrics cannot be written"):
+        trained()
+
+
 def test_a_run_that_is_lost_as_a_checkpoint_is_committed_keeps_the_others_checkpoints(memory: StorePath) -> None:
     run = Run(memory / "run")
     for step in (3, 5):

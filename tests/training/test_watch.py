@@ -273,6 +273,33 @@ def test_training_that_fails_leaves_its_reason_with_the_watch(monkeypatch: pytes
     assert [type(error) for error in said] == [UserError, OtherRankError, ValueError]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_run_is_marked_as_failed_unless_another_trainer_has_it_by_now(
+    is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+
+    def run_to_end() -> None:
+        raise UserError("no more")
+
+    trainer = SimpleNamespace(
+        rank=0,
+        state=SimpleNamespace(step=3),
+        steps=9,
+        owner=SimpleNamespace(is_lost=is_lost),
+        run=SimpleNamespace(write_status=lambda state, *_: written.append(state)),
+        run_to_end=run_to_end,
+    )
+    monkeypatch.setattr(process_group, "start", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(training, "watch_ranks", lambda _: SimpleNamespace(stop=lambda _: None))
+    monkeypatch.setattr(training, "prepare", lambda *_: trainer)
+    monkeypatch.setattr(training.tracking, "check", lambda _: None)
+    config: Any = SimpleNamespace(train=Settings(timeout=60))
+    with pytest.raises(UserError, match="no more"):
+        training.train(config)
+    assert written == ([] if is_lost else ["failed"])
+
+
 def test_a_session_with_a_watch_of_its_own_leaves_its_reason_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[BaseException | None] = []
     watch = SimpleNamespace(stop=lambda error=None: said.append(error), expect_end=lambda: None)
