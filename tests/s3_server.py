@@ -97,9 +97,8 @@ def main() -> int:
         server.start()
         if command:
             code = subprocess.call(command, env={**os.environ, **server.env})
-            print(
-                f"The S3 server ends, its data stay: python {sys.argv[0]} {folder} COMMAND runs another command beside it."
-            )
+            again = f"{os.path.relpath(sys.executable)} {sys.argv[0]} {folder} COMMAND"
+            print(f"The S3 server ends, its data stay: {again} runs another command beside it.")
             return code
         print("\n".join(f"export {name}={value}" for name, value in server.env.items()), flush=True)
         sys.stdin.read()

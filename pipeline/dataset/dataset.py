@@ -29,6 +29,7 @@ from pipeline.dataset.listing import each_of, sizes_below
 from pipeline.dataset.manifest import Manifest, _totals, fitted_files, fitted_names, merge_manifests, read_manifest
 from pipeline.dataset.past_state import check_listed, stale_days, stale_words
 from pipeline.storage.files import remove_tree, sha256, storage_of, write_json
+from pipeline.storage.local import fsync_all
 from pipeline.storage.store_path import StorePath, on_store
 
 logger = logging.getLogger(__name__)
@@ -252,5 +253,7 @@ def commit(staging: Path, out: Path, schema: Schema, shards: list[Shard], counts
     (staging / "schema.yaml").write_text(yaml_of(schema.model_dump(mode="json", exclude_unset=True)))
     write_json(staging / "manifest.json", manifest.model_dump(by_alias=True))
     remove_tree(staging / "scratch")
+    if not on_store(staging):
+        fsync_all(staging)  # encoders, too: a dataset that is there is whole, also after a power cut
     storage_of(out).commit(staging, out)
     return manifest

@@ -32,6 +32,7 @@ from features.time_units import as_utc
 from pipeline.dataset.days import day_of, days_in
 from pipeline.dataset.entries import State, StateFile
 from pipeline.dataset.manifest import Manifest, read_manifest
+from pipeline.storage.patience import cure_of
 from pipeline.storage.ranges import RangedFile, coalesced, read_ranges
 from pipeline.storage.store_path import on_store
 
@@ -180,7 +181,7 @@ def opened(
             check_pages(local, footer, groups=groups)
             yield parquet
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{path}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+        raise UserError(f"{path}: cannot be read ({one_line(error)}). {cure_of(error, RESTORE_HINT)}") from None
 
 
 @contextmanager

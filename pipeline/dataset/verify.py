@@ -25,6 +25,7 @@ from pipeline.dataset.manifest import UNLISTED_FILES, check_equal, footer_sha256
 from pipeline.dataset.past_state import parquet_file, verify_state
 from pipeline.dataset.shards import check_ids, check_row_groups, open_shard, table_sizes
 from pipeline.storage.files import sha256
+from pipeline.storage.patience import cure_of
 from pipeline.storage.store_path import StorePath, on_store
 
 IDS_AT_ONCE = 1 << 26  # row ids held in memory, 0.5 GB
@@ -144,7 +145,7 @@ def _opened(file: Path, bytes_: int) -> Iterator[pq.ParquetFile]:
             check_pages(local, parquet.metadata)
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8 is a ValueError
-        raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {cure_of(error, RESTORE_HINT)}") from None
 
 
 def _check_rows(dataset: Dataset, shard: Shard, sizes: dict[str, int | None]) -> None:
@@ -218,7 +219,7 @@ def _row_ids(dataset: Dataset, shard: Shard) -> Iterator[pq.ParquetFile]:
         with open_shard(dataset, shard, ["row_id"]) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({one_line(error)}). {RESTORE_HINT}") from None
+        raise UserError(f"{file}: cannot be read ({one_line(error)}). {cure_of(error, RESTORE_HINT)}") from None
 
 
 def _raise_duplicate(dataset: Dataset, row_id: int) -> None:

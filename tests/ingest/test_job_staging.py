@@ -155,7 +155,7 @@ def test_files_that_no_later_step_reads_do_not_wait_for_the_end(small_log, conte
     assert "encoded" in lying["encode"]
 
 
-def test_rows_and_states_are_flushed_to_disk(small_log, content, tmp_path, monkeypatch):
+def test_all_files_of_a_dataset_are_flushed_to_disk(small_log, content, tmp_path, monkeypatch):
     flushed: set[int] = set()
     undisturbed = os.fsync
 
@@ -168,10 +168,10 @@ def test_rows_and_states_are_flushed_to_disk(small_log, content, tmp_path, monke
     with (log / "impressions-1.csv").open("a") as file:
         file.write("no row\n")
     run(log, tmp_path / "out", content, max_bad_fraction=0.01, **SIZES)
-    folders = ("train", "valid", "test", "state", "dead_letters")
-    files = {folder: [*(tmp_path / "out" / folder).glob("*")] for folder in folders}
-    assert all(files.values())
-    assert not [file for found in files.values() for file in found if file.stat().st_ino not in flushed]
+    folders = ("train", "valid", "test", "state", "dead_letters", "encoders", "schema.yaml")
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert {file.relative_to(tmp_path / "out").parts[0] for file in files} >= {*folders}
+    assert not [file for file in files if file.stat().st_ino not in flushed]
 
 
 def run_with_retries(_: PreprocessConfig, job: Job, limits: Limits, units: list[ReadWork]) -> None:
