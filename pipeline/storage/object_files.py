@@ -18,9 +18,8 @@ from pipeline.storage.patience import patiently, patiently_for
 READ_BYTES = 4 << 20  # at least, of a request for a range
 LARGE_BYTES = 64 << 20  # of an object that is read by several requests at once
 READS_AT_ONCE = 4  # of a file that is read from begin to end
-PART_BYTES = (
-    16 << 20
-)  # of a part that is uploaded; twice as much after every GROWN_AFTER parts, of which S3 takes 10,000
+# Of a part that is uploaded; twice as much after every GROWN_AFTER parts, of which S3 takes 10,000.
+PART_BYTES = 16 << 20
 GROWN_AFTER = 1000
 PARTS_AT_ONCE = 4
 DISCARD_S = 5.0  # for which an upload that is given up waits for a store that does not answer
@@ -176,7 +175,8 @@ class ObjectWriter(io.RawIOBase):
     def __init__(self, name: str, system: fsspec.AbstractFileSystem, scheme: str, key: str, commits: bool) -> None:
         self.name, self.key, self.commits, self.done, self.size = name, key, commits, False, 0
         self.content = bytearray()
-        self.upload: _Parts | _Aside = (_Parts if scheme in S3 else _Aside)(name, system, key)
+        kind = _MultipartUpload if scheme in S3 else _TemporaryObject
+        self.upload: _MultipartUpload | _TemporaryObject = kind(name, system, key)
 
     def writable(self) -> bool:
         """True."""
@@ -187,7 +187,7 @@ class ObjectWriter(io.RawIOBase):
         return self.size
 
     def write(self, data: Any) -> int:
-        """Takes all of it."""
+        """Takes all of it. An error discards the file."""
         if self.done:
             raise ValueError(f"{self.name} is closed")
         view = memoryview(data).cast("B")
@@ -198,7 +198,11 @@ class ObjectWriter(io.RawIOBase):
             self.content += taken
             view = view[len(taken) :]
             if len(self.content) >= self.upload.part_bytes:
-                self.upload.add(self.content)
+                try:
+                    self.upload.add(self.content)
+                except BaseException:
+                    self.discard()  # else a `close` would commit what lacks this part
+                    raise
                 self.content = bytearray()
         return size
 
@@ -250,7 +254,7 @@ class TextWriter(io.TextIOWrapper):
         super().__exit__(kind, *rest)
 
 
-class _Parts:
+class _MultipartUpload:
     """A multipart upload to S3, by the calls of its API; a small object is put at once."""
 
     def __init__(self, name: str, system: Any, key: str) -> None:
@@ -307,7 +311,7 @@ class _Parts:
             self.id = ""
 
 
-class _Aside:
+class _TemporaryObject:
     """An object under a name of its own, which is then copied within the store; its writing is as patient as fsspec is."""
 
     part_bytes = PART_BYTES
@@ -315,11 +319,11 @@ class _Aside:
     def __init__(self, name: str, system: Any, key: str) -> None:
         self.name, self.system, self.key, self.file = name, system, key, None
         folder, _, last = key.rpartition("/")
-        self.aside = f"{folder}/.{last}.{uuid.uuid4().hex}"
+        self.temporary = f"{folder}/.{last}.{uuid.uuid4().hex}"
 
     def add(self, content: bytearray) -> None:
         if self.file is None:
-            self.file = patiently(self.name, self.system.open, self.aside, "wb")
+            self.file = patiently(self.name, self.system.open, self.temporary, "wb")
         self.file.write(bytes(content))  # type: ignore[attr-defined]
 
     def finish(self, content: bytearray, size: int) -> None:  # noqa: ARG002
@@ -328,12 +332,12 @@ class _Aside:
             return
         self.file.write(bytes(content))
         self.file.close()
-        patiently(self.name, self.system.cp_file, self.aside, self.key)
-        patiently(self.name, self.system.rm_file, self.aside)
+        patiently(self.name, self.system.cp_file, self.temporary, self.key)
+        patiently(self.name, self.system.rm_file, self.temporary)
 
     def drop(self) -> None:
         if self.file is not None:
             with suppress(Exception):  # what stays is a hidden file that nobody reads
                 self.file.close()
             with suppress(OSError):
-                patiently_for(DISCARD_S, self.name, self.system.rm_file, self.aside)
+                patiently_for(DISCARD_S, self.name, self.system.rm_file, self.temporary)

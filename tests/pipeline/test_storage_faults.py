@@ -244,6 +244,18 @@ def test_an_upload_that_fails_leaves_nothing(s3: StorePath, memory: StorePath, m
     assert uploads(s3) == []
 
 
+def test_a_file_of_which_a_part_could_not_be_sent_does_not_appear_when_it_is_closed(
+    through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_files, "PART_BYTES", 5 << 20)
+    proxy.fail(403, method="POST", path="uploads")
+    file = (through_proxy / "file").open("wb")
+    with pytest.raises(PermissionError):
+        file.write(BIG)
+    file.close()
+    assert not (through_proxy / "file").exists()
+
+
 @pytest.mark.parametrize("size", [0, 5 << 20, (5 << 20) + 1, len(BIG)])
 def test_an_upload_has_what_was_written_also_through_faults(
     size: int,
