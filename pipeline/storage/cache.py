@@ -14,7 +14,7 @@ from features.regular_files import NO_LINK
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 32
-PARTS = 4  # of the limit: as much may be written between two looks at what lies there
+PARTS = 4  # of the limit: as much may be written between two listings of the folder
 
 
 class DiskCache:
@@ -34,9 +34,8 @@ class DiskCache:
     def __init__(self, folder: Path, limit: int, writers: int = 1) -> None:
         self.folder, self.limit, self.writers = folder, limit, writers
         self.share = limit // PARTS // writers
-        self.written = (
-            self.share
-        )  # bytes since old entries were deleted: what earlier processes have left may be too much
+        # Bytes since old entries were deleted: what earlier processes have left may be too much.
+        self.written = self.share
         self.is_full = False
         try:
             folder.mkdir(parents=True, exist_ok=True)

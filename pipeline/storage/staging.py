@@ -56,9 +56,8 @@ def recover(out: Path) -> None:
 
 def remove_left(out: Path) -> None:
     """Removes the folders of killed processes beside a final place, on a store after their commit where it had begun."""
-    names = re.compile(
-        rf"\.?({re.escape(out.name)}{STAGING})(\.lease)?"
-    )  # on a store the lease may be all that is left
+    # On a store the lease may be all that is left.
+    names = re.compile(rf"\.?({re.escape(out.name)}{STAGING})(\.lease)?")
     found = {match[1] for left in out.parent.glob("*") if (match := names.fullmatch(left.name))}
     for name in sorted(found):
         _remove_unlocked(out.with_name(name), out)

@@ -44,9 +44,8 @@ def s3_info(system: Any, bucket: str, key: str) -> dict[str, Any] | None:
     named: dict[str, Any] = {}
     while True:
         page = system.call_s3("list_objects_v2", Bucket=bucket, Prefix=start, MaxKeys=10, **named)
-        if any(
-            not each["Key"].endswith("/") for each in page.get("Contents", ())
-        ):  # others are markers of empty folders
+        # Keys that end in / are markers of empty folders.
+        if any(not each["Key"].endswith("/") for each in page.get("Contents", ())):
             return {"name": f"{bucket}/{key}", "type": "directory", "size": 0}
         if not page.get("IsTruncated"):
             return None
