@@ -42,7 +42,7 @@ def put_new(path: StorePath, content: bytes) -> str:
     try:
         answer = patiently(path, put)
     except OSError as error:
-        if not isinstance(error, FileExistsError) and error.errno != errno.EINVAL:  # s3fs answers a failed condition so
+        if error.errno not in (errno.EEXIST, errno.ESTALE):
             raise
         ours = _writer_of(path) == writer if named else tries > 1 and content_of(path) == content
         if not ours:
@@ -95,7 +95,7 @@ def write_over(path: StorePath, content: bytes, version: str, limit: float | Non
     try:
         return str(patiently_for(limit, path, path.system.pipe_file, path.key, content, **named)["ETag"])
     except OSError as error:
-        if error.errno != errno.EINVAL and not isinstance(error, FileNotFoundError):
+        if error.errno not in (errno.ESTALE, errno.ENOENT):
             raise
         if isinstance(error, FileNotFoundError) or _writer_of(path) != writer:
             raise Changed(errno.ESTALE, "changed by another writer", str(path)) from None
@@ -119,7 +119,7 @@ def remove_version(path: StorePath, version: str, limit: float | None = None) ->
         try:
             patiently_for(limit, path, path.system.call_s3, "delete_object", **named)
         except OSError as error:
-            if error.errno != errno.EINVAL:  # it has changed
+            if error.errno != errno.ESTALE:
                 raise
 
 

@@ -29,8 +29,9 @@ PASSING_NUMBERS = {
 FINAL_ERRORS = (
     FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError, BlockingIOError,
 )  # fmt: skip
-# Statuses and S3's codes of answers to repeat; others below 500 are final.
+# Statuses and S3's codes of answers to repeat; others below 500 are final, and NOT_IMPLEMENTED.
 PASSING_STATUSES = {408, 409, 425, 429}
+NOT_IMPLEMENTED, CONDITION_FAILED = 501, 412
 PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch", "SlowDown"}
 # Packages of stores: what they raise is a failure of the store, unless its name says that asking again changes nothing.
 LIBRARIES = {
@@ -72,8 +73,8 @@ def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: An
     Args:
         what: the path, for errors and the log.
     Raises:
-        OSError: the store's own answer (no such file, no permission), or ETIMEDOUT for none for `time_limit` seconds; with
-            the path, and without what is secret.
+        OSError: the store's own answer (no such file, no permission; ESTALE: a condition of the call does not hold), or
+            ETIMEDOUT for none for `time_limit` seconds; with the path, and without what is secret.
     """
     return patiently_for(time_limit(), what, call, *arguments, **named)
 
@@ -108,7 +109,7 @@ def may_pass(error: BaseException) -> bool:
     if not isinstance(error, Exception):
         return False
     status, code = _answer(error)
-    if code in PASSING_CODES or status in PASSING_STATUSES or (status or 0) >= 500:
+    if code in PASSING_CODES or status in PASSING_STATUSES or ((status or 0) >= 500 and status != NOT_IMPLEMENTED):
         return True
     if isinstance(error, FINAL_ERRORS) or status is not None:
         return False
@@ -140,6 +141,8 @@ def _raise(what: object, limit: float, error: Exception) -> NoReturn:
         raise OSError(errno.ETIMEDOUT, reason, str(what)) from None
     if isinstance(error, FileNotFoundError) or _answer(error)[0] == 404:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(what)) from None
+    if _answer(error)[0] == CONDITION_FAILED:
+        raise OSError(errno.ESTALE, "changed by another writer", str(what)) from None
     if isinstance(error, FileExistsError):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(what)) from None
     text = without_secrets((isinstance(error, OSError) and error.strerror) or one_line(error))

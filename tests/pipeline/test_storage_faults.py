@@ -73,6 +73,27 @@ def test_a_put_whose_answer_was_lost_is_known_again(through_proxy: StorePath, pr
         write_over(file, b"three", found[1])
 
 
+def test_a_store_that_takes_no_conditions_is_not_taken_for_another_writer(
+    s3: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (s3 / "file").write_bytes(b"1")
+    found = read_version(s3 / "file")
+    assert found
+
+    def refuse(*_: object, **named: object) -> None:
+        raise answer(400, "InvalidRequest")
+
+    monkeypatch.setattr(s3.system, "pipe_file", refuse)
+    for call in (
+        lambda: write_new(s3 / "new", b"2"),
+        lambda: write_over(s3 / "file", b"2", found[1]),
+        lambda: append_line(s3 / "lines", {}),
+    ):
+        with pytest.raises(OSError, match="InvalidRequest") as refused:
+            call()
+        assert type(refused.value) is OSError
+
+
 def test_a_store_that_stays_away_ends_in_time_with_one_line(
     through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,18 +148,22 @@ def test_texts_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without_secrets(text) == "https://…@host/c?sv=1&sig=…&X-Amz-Signature=…&x=1 …"
 
 
+def answer(status: int, code: str) -> OSError:
+    """As s3fs raises it."""
+    from botocore.exceptions import ClientError
+
+    error = OSError(errno.EINVAL, code)
+    error.__cause__ = ClientError(
+        {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
+        "PutObject",
+    )
+    return error
+
+
 def errors() -> Iterator[tuple[BaseException, bool]]:
     import asyncio
 
     from botocore import exceptions
-
-    def answer(status: int, code: str) -> OSError:
-        error = OSError(errno.EINVAL, "text")
-        error.__cause__ = exceptions.ClientError(
-            {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}},  # type: ignore[typeddict-item]
-            "PutObject",
-        )
-        return error
 
     http = type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 503})
     missing = type("HttpError", (Exception,), {"__module__": "gcsfs.retry", "code": 404})
@@ -147,6 +172,7 @@ def errors() -> Iterator[tuple[BaseException, bool]]:
     yield from [
         (answer(500, "InternalError"), True), (answer(503, "SlowDown"), True), (answer(429, "x"), True),
         (answer(400, "BadDigest"), True), (answer(412, "PreconditionFailed"), False), (answer(403, "AccessDenied"), False),
+        (answer(501, "NotImplemented"), False),
         (exceptions.NoCredentialsError(), False), (exceptions.EndpointConnectionError(endpoint_url="x"), True),
         (exceptions.CredentialRetrievalError(provider="x", error_msg="x"), True),
         (exceptions.PartialCredentialsError(provider="x", cred_var="x"), False),
