@@ -14,6 +14,7 @@ from features.regular_files import NO_LINK
 logger = logging.getLogger(__name__)
 
 DIGEST_BYTES = 32
+SUFFIX, UNNAMED = ".cached", ".unnamed"  # of entries, and of those that are being written
 PARTS = 4  # of the limit: as much may be written between two listings of the folder
 
 
@@ -21,7 +22,8 @@ class DiskCache:
     """Entries by name, each a file of a checksum and its content.
 
     They appear whole, under their name, so that any number of processes write and read side by side. An entry that is damaged
-    is none. Those not read for the longest time are deleted, so that all together keep to the limit.
+    is none. Those not read for the longest time are deleted, so that all together keep to the limit; other files of the folder
+    are neither counted nor deleted.
 
     Args:
         folder: of a local disk; made where there is none.
@@ -40,7 +42,7 @@ class DiskCache:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write("probe", b"")
-            (folder / "probe").unlink(missing_ok=True)
+            self._path("probe").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"train.cache={folder}: cannot be written ({one_line(error)}). Name another folder."
@@ -48,7 +50,7 @@ class DiskCache:
 
     def get(self, name: str) -> bytes | None:
         """An entry's content, None where there is none, or a damaged one."""
-        path = self.folder / name
+        path = self._path(name)
         try:
             with os.fdopen(os.open(path, NO_LINK), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -87,16 +89,19 @@ class DiskCache:
             self.is_full = True
             logger.warning(f"train.cache={self.folder}: nothing more is cached ({one_line(error)})")
 
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}{SUFFIX}"
+
     def _write(self, name: str, content: bytes) -> None:
-        aside = self.folder / f"{uuid4().hex}.aside"
+        temporary = self.folder / f"{uuid4().hex}{UNNAMED}"
         try:
-            with aside.open("xb") as file:
+            with temporary.open("xb") as file:
                 file.write(_digest(name, content))
                 file.write(content)
-            aside.rename(self.folder / name)
+            temporary.rename(self._path(name))
         except OSError:
             with suppress(OSError):
-                aside.unlink()
+                temporary.unlink()
             raise
 
     def _delete_old(self) -> None:
@@ -104,6 +109,8 @@ class DiskCache:
         found = []
         with os.scandir(self.folder) as entries:
             for entry in entries:
+                if not entry.name.endswith((SUFFIX, UNNAMED)):
+                    continue
                 with suppress(FileNotFoundError):  # deleted by another process
                     status = entry.stat(follow_symlinks=False)
                     if stat.S_ISREG(status.st_mode):
