@@ -1,12 +1,17 @@
 """fsspec's file systems of stores, with their limits of time, and S3's own calls for what they answer differently."""
 
 import errno
+import os
+import re
 from typing import Any
 
 import fsspec
 
+from features.errors import UserError
 from pipeline.storage.object_files import S3
 from pipeline.storage.patience import time_limit
+
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # environment: where S3 is
 
 
 def stripped(system: fsspec.AbstractFileSystem, path: str) -> str:
@@ -15,9 +20,17 @@ def stripped(system: fsspec.AbstractFileSystem, path: str) -> str:
 
 
 def file_system(scheme: str) -> fsspec.AbstractFileSystem:
-    """The file system of a store, one a process. Raises OSError where its package is missing."""
+    """The file system of a store, one a process.
+
+    Raises:
+        OSError: its package is missing.
+        UserError: the environment names an endpoint of S3 that is no URL.
+    """
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme in S3:
+        for name in ENDPOINTS:
+            if (url := os.environ.get(name)) and not re.match(r"https?://[^/\s]+(/\S*)?$", url):  # may hold a password
+                raise UserError(f"{name} in the environment is no URL with http:// or https://: change or unset it.")
         # The patience is ours: one request waits half of it for an answer at most, in two tries.
         wait = max(1.0, min(30.0, time_limit() / 4))
         tries = {"total_max_attempts": 2, "mode": "standard"}

@@ -200,6 +200,14 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -
         patiently("s3://bucket/a", lambda: 1)
 
 
+@pytest.mark.parametrize("url", ["localhost:9000", "http//host", f"http://user:{SECRET}@bad host:1"])
+def test_an_endpoint_that_is_no_url_is_refused_without_its_password(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    with pytest.raises(UserError, match="AWS_ENDPOINT_URL in the environment is no URL") as refused:
+        StorePath("s3://bucket/a").read_bytes()
+    assert SECRET not in str(refused.value)
+
+
 def test_a_server_that_is_killed_and_started_again_is_waited_for(
     s3: StorePath, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
