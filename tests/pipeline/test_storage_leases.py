@@ -18,7 +18,7 @@ from fsspec.asyn import get_loop
 from store_fixtures import FaultProxy
 
 from features.errors import UserError
-from pipeline.storage import lease, object_files, objects, patience
+from pipeline.storage import lease, object_files, objects, patience, store_path
 from pipeline.storage.files import storage_of
 from pipeline.storage.lease import folder_of
 from pipeline.storage.staging import recover, staging_of
@@ -367,6 +367,26 @@ def test_a_commit_whose_lease_was_taken_over_stops_before_the_manifest(memory: S
     assert committed(memory / "final") is None
 
 
+def test_a_commit_whose_lease_was_taken_over_copies_nothing_more(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(memory / "staging", 1)
+    monkeypatch.setattr(store_path, "CALLS_AT_ONCE", 1)
+    system = type(memory.system)
+    real, copied = system.cp_file, []
+
+    def stolen(self: Any, source: str, target: str, **named: Any) -> None:
+        real(self, source, target, **named)
+        copied.append(target)
+        (folder_of(memory / "final") / "exclusive").write_bytes(b'{"owner": "another", "seconds": 60}')
+        time.sleep(SHORT_S)
+
+    monkeypatch.setattr(system, "cp_file", stolen)
+    with pytest.raises(UserError, match="another process"):
+        storage_of(memory).commit(memory / "staging", memory / "final")
+    assert len(copied) == 1
+
+
 def test_who_may_only_read_reads_without_a_lock_and_is_told(
     through_proxy: StorePath, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -469,6 +489,28 @@ def test_only_a_commit_that_has_begun_is_ended_by_the_next_job(memory: StorePath
     remove_tree(memory / "out")
     recover(memory / "out")
     assert not memory.exists(), "no commit of it had begun"
+
+
+def test_a_staging_folder_that_is_half_deleted_is_not_committed(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, left = memory / "out", memory / ("out.staging-" + "a" * 32)
+
+    def half(folder: StorePath) -> None:
+        (folder / "part-0").unlink()
+        raise KeyboardInterrupt
+
+    write_folder(left, 1)
+    (left / objects.COMMITTING).write_bytes(b"")
+    write_folder(out, 2)  # it was committed, and another over it
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.storage.staging.remove_tree", half)
+        with pytest.raises(KeyboardInterrupt):
+            recover(out)
+    assert left.exists()
+    remove_tree(out)
+    recover(out)
+    assert not memory.exists()
 
 
 @pytest.mark.parametrize("job", ["predict", "export", "relabel"])
