@@ -164,7 +164,7 @@ def copy_file(source: Path, target: Path) -> None:
     Raises:
         UserError: the source is a link or no regular file.
     """
-    if isinstance(source, StorePath) and isinstance(target, StorePath) and source.scheme == target.scheme:
+    if isinstance(source, StorePath) and isinstance(target, StorePath) and source.system == target.system:
         store_path.copy(source, target)
     else:
         with open_regular(source) as content, uploading(target) as file:

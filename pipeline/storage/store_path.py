@@ -95,7 +95,7 @@ class StorePath(PosixPath):
     @property
     def system(self) -> fsspec.AbstractFileSystem:
         """fsspec's file system; credentials come from the environment or the store's own configuration."""
-        return file_system(self.scheme)
+        return file_system(str(self))
 
     @property
     def key(self) -> str:
@@ -311,7 +311,7 @@ class StorePath(PosixPath):
     def rename(self, target: Any) -> "StorePath":
         """Copies within the store, then deletes: not atomic. A commit is the manifest's, see Storage.commit."""
         target = place(target) if isinstance(target, str) else target
-        if not isinstance(target, StorePath) or target.scheme != self.scheme:
+        if not isinstance(target, StorePath) or target.system != self.system:
             raise OSError(errno.EXDEV, "a file cannot be moved to another store", str(self))
         if target != self:
             copy(self, target)

@@ -19,17 +19,18 @@ def stripped(system: fsspec.AbstractFileSystem, path: str) -> str:
     return str(system._strip_protocol(path))
 
 
-def file_system(scheme: str) -> fsspec.AbstractFileSystem:
-    """The file system of a store, one a process.
+def file_system(url: str) -> fsspec.AbstractFileSystem:
+    """The file system of a URL, one a process and host or account that its URLs name.
 
     Raises:
         OSError: its package is missing.
         UserError: the environment names an endpoint of S3 that is no URL.
     """
-    options: dict[str, Any] = {"use_listings_cache": False}
+    scheme, options = url.partition("://")[0], dict[str, Any](use_listings_cache=False)
     if scheme in S3:
         for name in ENDPOINTS:
-            if (url := os.environ.get(name)) and not re.match(r"https?://[^/\s]+(/\S*)?$", url):  # may hold a password
+            endpoint = os.environ.get(name)  # may hold a password
+            if endpoint and not re.match(r"https?://[^/\s]+(/\S*)?$", endpoint):
                 raise UserError(f"{name} in the environment is no URL with http:// or https://: change or unset it.")
         # The patience is ours: one request waits half of it for an answer at most, in two tries.
         wait = max(1.0, min(30.0, time_limit() / 4))
@@ -38,6 +39,8 @@ def file_system(scheme: str) -> fsspec.AbstractFileSystem:
             "connect_timeout": min(5.0, wait), "read_timeout": wait, "retries": tries, "max_pool_connections": 32,
         }  # fmt: skip
     try:
+        if scheme not in S3:  # a host of Hadoop, an account of Azure
+            options |= fsspec.get_filesystem_class(scheme)._get_kwargs_from_urls(url)
         system = fsspec.filesystem(scheme, **options)
     except ImportError as error:
         raise OSError(errno.ENOPKG, f"{scheme}:// needs a package: {error}", scheme) from None

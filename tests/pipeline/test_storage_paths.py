@@ -1,5 +1,6 @@
 """Paths on a store against pathlib on a local folder: the same operations in the same order, and what pathlib cannot have."""
 
+import errno
 import gc
 import os
 import pickle
@@ -206,6 +207,15 @@ def test_a_url_that_is_no_place_is_refused(text: str, fault: str) -> None:
 )
 def test_a_url_with_a_port_or_a_container_is_taken(text: str) -> None:
     assert str(place(text)) == text
+
+
+def test_each_host_of_a_url_is_a_store_of_its_own() -> None:
+    one, other = (StorePath(f"webhdfs://{host}:9870/folder/file") for host in ("one", "other"))
+    assert (one.system.url, other.system.url) == ("http://one:9870/webhdfs/v1", "http://other:9870/webhdfs/v1")
+    assert (one / "below").system is one.system
+    with pytest.raises(OSError, match="another store") as refused:
+        one.rename(other)
+    assert refused.value.errno == errno.EXDEV
 
 
 def test_a_file_url_is_a_path() -> None:
