@@ -155,6 +155,22 @@ def test_a_store_that_is_gone_for_longer_takes_no_lease_away(
         other.result().release()
 
 
+def test_a_renewal_that_was_done_and_not_answered_takes_no_lease_away(
+    through_proxy: StorePath, proxy: FaultProxy
+) -> None:
+    file = folder_of(through_proxy / "file") / "exclusive"
+    with lease.lease(through_proxy / "file") as lock:
+        before = file.read_bytes()
+        proxy.fault = lambda method, path: "lost" if method == "PUT" else None
+        lock.held.renew()
+        assert file.read_bytes() != before
+        proxy.fault = lambda method, path: None
+        lock.held.renew()
+        assert lock.held.age() < SHORT_S
+        assert not lock.lost
+    assert not file.exists()
+
+
 def test_time_in_which_nothing_was_read_does_not_count(memory: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
     file, clock = memory / "exclusive", [1000.0]
     content = json.dumps({"owner": "x", "host": "elsewhere", "boot": "other", "seconds": 30.0}).encode()
