@@ -317,6 +317,19 @@ def test_an_upload_has_what_was_written_also_through_faults(
         assert remove_tree(target.parent / "a") is None  # type: ignore[func-returns-value]
 
 
+def test_an_upload_that_the_store_has_forgotten_is_not_taken_for_the_object_before_it(
+    through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_files, "PART_BYTES", 5 << 20)
+    file = through_proxy / "file"
+    with uploading(file) as before:
+        before.write(BIG)
+    proxy.fault = lambda method, path: 404 if method == "POST" and "uploadId=" in path else None
+    with pytest.raises(FileNotFoundError), uploading(file) as other:
+        other.write(BIG[:-1])
+    assert file.read_bytes() == BIG
+
+
 def test_a_killed_upload_shows_no_object(s3: StorePath) -> None:
     code = (
         "import os, sys\nfrom pipeline.storage import object_files\nfrom pipeline.storage.store_path import place\n"

@@ -133,6 +133,17 @@ def test_one_that_was_taken_over_is_lost(root: StorePath) -> None:
     assert json.loads(file.read_bytes())["owner"] == "another", "a release leaves another's alone"
 
 
+def test_an_owner_whose_machine_has_slept_asks_whether_its_lease_is_lost(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LEASE_S", 60.0)
+    awake = lease._now
+    with lease.lease(memory / "file") as lock:
+        (folder_of(memory / "file") / "exclusive").write_bytes(b'{"owner": "another", "seconds": 60}')
+        monkeypatch.setattr(lease, "_now", lambda: awake() + 60)
+        assert lock.lost
+
+
 def test_a_store_that_is_gone_for_longer_takes_no_lease_away(
     through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
