@@ -94,6 +94,20 @@ def test_a_store_that_takes_no_conditions_is_not_taken_for_another_writer(
         assert type(refused.value) is OSError
 
 
+def test_a_deletion_of_many_files_that_leaves_one_is_an_error(s3: StorePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    (s3 / "folder" / "file").write_bytes(b"1")
+    real = s3.system.call_s3
+
+    def refuse(method: str, **named: Any) -> Any:
+        if method == "delete_objects":
+            return {"Errors": [{"Code": "AccessDenied", "Message": "it is locked", "Key": "file"}]}
+        return real(method, **named)
+
+    monkeypatch.setattr(s3.system, "call_s3", refuse)
+    with pytest.raises(PermissionError, match="1 objects cannot be deleted: it is locked"):
+        remove_tree(s3 / "folder")
+
+
 def test_a_store_that_stays_away_ends_in_time_with_one_line(
     through_proxy: StorePath, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
