@@ -38,20 +38,20 @@ class Lease:
         lost: whether somebody else has taken it over, or removed it; whoever commits under it asks first.
     """
 
-    def __init__(self, held: "_Held") -> None:
-        self.held = held
-        weakref.finalize(self, held.drop).atexit = False
+    def __init__(self, owned: "_OwnedObject") -> None:
+        self.owned = owned
+        weakref.finalize(self, owned.drop).atexit = False
 
     def release(self) -> None:
         """Gives it up."""
-        self.held.release()
+        self.owned.release()
 
     @property
     def lost(self) -> bool:
         """Asks the store where the last renewal is long ago, as after a stop of the whole machine."""
-        if not self.held.lost and self.held.age() > LEASE_S / 2:
-            self.held.renew()
-        return self.held.lost
+        if not self.owned.lost and self.owned.age() > LEASE_S / 2:
+            self.owned.renew()
+        return self.owned.lost
 
     def __enter__(self) -> "Lease":
         return self
@@ -72,19 +72,19 @@ def lease(path: StorePath, shared: bool = False, wait: bool = False) -> Lease:
     """
     folder, watch = folder_of(path), Watch(wait)
     while True:
-        held = (_shared if shared else _exclusive)(folder, watch)
-        if held is not None:
-            held.start()
-            found = Lease(held)
+        owned = (_shared if shared else _exclusive)(folder, watch)
+        if owned is not None:
+            owned.start()
+            found = Lease(owned)
             if not shared:
-                _held_here[path] = found
+                _own_leases[path] = found
             return found
         time.sleep(LEASE_S / 60)
 
 
 def lost_here(path: StorePath) -> bool:
     """Whether this process holds an exclusive lease on a path that another has taken over."""
-    return (held := _held_here.get(path)) is not None and held.lost
+    return (owned := _own_leases.get(path)) is not None and owned.lost
 
 
 def folder_of(path: StorePath) -> StorePath:
@@ -92,7 +92,7 @@ def folder_of(path: StorePath) -> StorePath:
     return path.parent / f".{path.name}.lease"
 
 
-class _Held:
+class _OwnedObject:
     """An object of ours, renewed by a thread. `kind` is `asking` or `held`, see `_exclusive`."""
 
     def __init__(self, path: StorePath, kind: str) -> None:
@@ -194,57 +194,57 @@ class Watch:
         return False
 
 
-def _exclusive(folder: StorePath, watch: Watch) -> _Held | None:
+def _exclusive(folder: StorePath, watch: Watch) -> _OwnedObject | None:
     """The exclusive lease, or None to try again.
 
     Without waiting it first only asks, and a reader that comes in between waits for what becomes of it; one that waits, and
     one that is held, lets no new reader in.
     """
-    held = _Held(folder / "exclusive", "held" if watch.wait else "asking")
+    owned = _OwnedObject(folder / "exclusive", "held" if watch.wait else "asking")
     try:
-        held.version = put_new(held.path, held.content())
+        owned.version = put_new(owned.path, owned.content())
     except FileExistsError:
-        found = read_version(held.path)
-        if found is None or not watch.is_dead(held.path, *found):
+        found = read_version(owned.path)
+        if found is None or not watch.is_dead(owned.path, *found):
             return None
         try:
-            held.version = write_over(held.path, held.content(), found[1])
+            owned.version = write_over(owned.path, owned.content(), found[1])
         except Changed:
             return None
     try:
         while not all([_ended(reader, watch) for reader in _readers(folder)]):  # noqa: C419 - each is watched from now on
             time.sleep(LEASE_S / 100)
-            if held.age() > LEASE_S / 3:
-                held.renew()
-            if held.lost:
+            if owned.age() > LEASE_S / 3:
+                owned.renew()
+            if owned.lost:
                 return None
-        if held.kind == "asking":
-            held.kind = "held"
-            held.renew()
+        if owned.kind == "asking":
+            owned.kind = "held"
+            owned.renew()
     except BaseException:
-        held.release()
+        owned.release()
         raise
-    return None if held.lost else held
+    return None if owned.lost else owned
 
 
-def _shared(folder: StorePath, watch: Watch) -> _Held | None:
+def _shared(folder: StorePath, watch: Watch) -> _OwnedObject | None:
     """A shared lease, or None to try again."""
     if _stands(folder / "exclusive", watch):
         return None
-    held = _Held(folder / f"shared-{uuid.uuid4().hex}", "held")
-    held.version = put_new(held.path, held.content())
+    owned = _OwnedObject(folder / f"shared-{uuid.uuid4().hex}", "held")
+    owned.version = put_new(owned.path, owned.content())
     try:
         while kind := _stands(folder / "exclusive", watch):
             if kind != "asking":
-                held.release()
+                owned.release()
                 return None
             time.sleep(LEASE_S / 300)
-        if held.age() > LEASE_S / 3:
-            held.renew()
+        if owned.age() > LEASE_S / 3:
+            owned.renew()
     except BaseException:
-        held.release()
+        owned.release()
         raise
-    return None if held.lost else held
+    return None if owned.lost else owned
 
 
 def _stands(exclusive: StorePath, watch: Watch) -> str | None:
@@ -295,7 +295,7 @@ def _seconds(about: dict[str, Any]) -> float:
     return min(max(found, 0.0), LONGEST_S) if isinstance(found, int | float) else LEASE_S
 
 
-_held_here: weakref.WeakValueDictionary[StorePath, Lease] = weakref.WeakValueDictionary()
+_own_leases: weakref.WeakValueDictionary[StorePath, Lease] = weakref.WeakValueDictionary()
 
 
 @cache

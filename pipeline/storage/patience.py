@@ -86,7 +86,7 @@ def patiently_for(limit: float, what: object, call: Callable[..., T], *arguments
     def before_sleep(state: RetryCallState) -> None:
         if time.monotonic() - started >= min(SILENCE_S, limit / 2):
             assert state.outcome is not None
-            _say_silent(what, started, limit, state.outcome.exception())
+            _log_silence(what, started, limit, state.outcome.exception())
 
     retrying = Retrying(
         stop=stop_after_delay(limit),
@@ -100,7 +100,7 @@ def patiently_for(limit: float, what: object, call: Callable[..., T], *arguments
     except Exception as error:  # each store has exceptions of its own
         _raise(what, limit, error)
     if _silent:
-        _say_answers(what)
+        _log_answer(what)
     return found
 
 
@@ -196,7 +196,7 @@ def _store_of(what: object) -> str:
     return "/".join(str(what).split("/")[:3])
 
 
-def _say_silent(what: object, started: float, limit: float, error: Any) -> None:
+def _log_silence(what: object, started: float, limit: float, error: Any) -> None:
     store = _store_of(what)
     with _silent_lock:
         known = store in _silent
@@ -206,7 +206,7 @@ def _say_silent(what: object, started: float, limit: float, error: Any) -> None:
         _logger.warning("%s does not answer, and is asked again for up to %g s: %s", store, limit, reason)
 
 
-def _say_answers(what: object) -> None:
+def _log_answer(what: object) -> None:
     store = _store_of(what)
     with _silent_lock:
         since = _silent.pop(store, None)

@@ -94,7 +94,7 @@ def test_a_lease_that_another_machine_does_not_renew_ends_after_its_seconds(
 ) -> None:
     root: StorePath = request.getfixturevalue(store)
     held = lease.lease(root / "file", shared)
-    held.held.stop.set()  # its thread ends, as with a dead owner
+    held.owned.stop.set()  # its thread ends, as with a dead owner
     file = next(folder_of(root / "file").iterdir())
     foreign(file)
     started = time.monotonic()
@@ -105,7 +105,7 @@ def test_a_lease_that_another_machine_does_not_renew_ends_after_its_seconds(
 
 def test_of_another_machine_without_a_clock_a_lock_that_does_not_wait_finds_out(memory: StorePath) -> None:
     held = lease.lease(memory / "file")
-    held.held.stop.set()
+    held.owned.stop.set()
     foreign(folder_of(memory / "file") / "exclusive")
     started = time.monotonic()
     with lease.lease(memory / "file"):
@@ -123,7 +123,7 @@ def test_a_renewed_lease_of_another_machine_is_refused_at_once(s3: StorePath) ->
 
 def test_one_that_was_taken_over_is_lost(root: StorePath) -> None:
     with lease.lease(root / "file") as mine:
-        mine.held.stop.wait(0)
+        mine.owned.stop.wait(0)
         file = folder_of(root / "file") / "exclusive"
         file.write_bytes(json.dumps({"owner": "another", "seconds": 60}).encode())
         deadline = time.monotonic() + 5 * SHORT_S
@@ -155,12 +155,12 @@ def test_a_store_that_is_gone_for_longer_takes_no_lease_away(
             time.sleep(0.1)
             proxy.stop()
             time.sleep(SHORT_S * 1.2)
-            assert not lock.held.lost
+            assert not lock.owned.lost
             proxy.start()
             deadline = time.monotonic() + 10
-            while lock.held.age() > SHORT_S and time.monotonic() < deadline:
+            while lock.owned.age() > SHORT_S and time.monotonic() < deadline:
                 time.sleep(0.05)
-            assert lock.held.age() < SHORT_S, "renewed again"
+            assert lock.owned.age() < SHORT_S, "renewed again"
             assert not lock.lost
             assert not other.done()
         other.result().release()
@@ -173,11 +173,11 @@ def test_a_renewal_that_was_done_and_not_answered_takes_no_lease_away(
     with lease.lease(through_proxy / "file") as lock:
         before = file.read_bytes()
         proxy.fault = lambda method, path: "lost" if method == "PUT" else None
-        lock.held.renew()
+        lock.owned.renew()
         assert file.read_bytes() != before
         proxy.fault = lambda method, path: None
-        lock.held.renew()
-        assert lock.held.age() < SHORT_S
+        lock.owned.renew()
+        assert lock.owned.age() < SHORT_S
         assert not lock.lost
     assert not file.exists()
 
@@ -201,7 +201,7 @@ def test_time_in_which_nothing_was_read_does_not_count(memory: StorePath, monkey
 
 def test_a_running_process_of_this_machine_may_be_too_busy_to_renew(memory: StorePath) -> None:
     with lease.lease(memory / "file") as held:
-        held.held.stop.set()  # its thread gets no turn
+        held.owned.stop.set()  # its thread gets no turn
         watch = lease.Watch(wait=True)
         file = folder_of(memory / "file") / "exclusive"
         content = file.read_bytes()

@@ -226,7 +226,7 @@ def test_a_trainer_whose_lease_was_taken_over_writes_nothing_more(
         held = lease.folder_of(trainer.run.lock_file("train")) / "exclusive"
         about = json.loads(held.read_bytes())
         held.write_bytes(json.dumps(about | {"owner": "another"}).encode())
-        trainer.owner.lock.held.stop.wait(0.4)  # some renewals
+        trainer.owner.lock.owned.stop.wait(0.4)  # some renewals
         seen.update({file: file.read_bytes() for file in files_below(s3)})
 
     with pytest.raises(LostRunError, match="another trainer has taken the run over"):
@@ -330,7 +330,7 @@ def test_a_lease_that_is_lost_while_lines_are_put_commits_no_checkpoint(memory: 
 
         class Slow(Outbox):
             def flush(self, only_lines: bool = False) -> None:
-                held.held.lost = True
+                held.owned.lost = True
 
         run.outbox, owner.lock = Slow(), held
         with pytest.raises(LostRunError, match="taken the run over"):
