@@ -142,7 +142,8 @@ def user_errors() -> Iterator[None]:
             )
         if error.errno in STORE_ERRNOS and error.filename is not None:
             what = f"{printable(os.fsdecode(error.filename))[:300]}: {printable(str(error.strerror))}"
-            line = f"error: {what}. What was committed is kept: run the same command again."
+            first = "Install it, then" if error.errno == errno.ENOPKG else "What was committed is kept:"
+            line = f"error: {what}. {first} run the same command again."
             write_rank_status("failed", line)
             sys.exit(line)
         if error.errno not in DISK_FULL_ERRNOS:

@@ -96,7 +96,11 @@ class ObjectReader(io.RawIOBase):
             self.ahead_end = min(self.size, start + step)
             self.ahead.append((start, self.pool.submit(self._fetch, start, self.ahead_end)))
             start = self.ahead_end
-        found = self.ahead[0][1].result()
+        try:
+            found = self.ahead[0][1].result()
+        except BaseException:
+            self._forget()  # who reads again asks again
+            raise
         if len(found) > step:  # of a larger buffer before
             self._forget()
             return found[:step]

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
@@ -61,10 +62,10 @@ _logger = logging.getLogger(__name__)
 def time_limit() -> float:
     """Seconds for which a store may fail to answer: TASKFUSE_STORE_TIMEOUT, or TIMEOUT_S. Raises UserError for no number."""
     text = os.environ.get(TIMEOUT) or TIMEOUT_S
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"{TIMEOUT}={text} in the environment is no number of seconds: change or unset it.") from None
+    with suppress(ValueError):
+        if (limit := float(text)) >= 0:  # not nan, after which no call would end
+            return limit
+    raise UserError(f"{TIMEOUT}={text} in the environment is no number of seconds: change or unset it.")
 
 
 def patiently(what: object, call: Callable[..., T], *arguments: Any, **named: Any) -> T:

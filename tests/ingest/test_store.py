@@ -128,6 +128,17 @@ def test_a_dataset_on_a_store_is_opened_by_one_listing_and_checked_as_on_disk(
     assert verified == [*verify(Dataset(disk / day(1)))]
     assert f"page      {days / day(1)}.card.html" in printed
     shard = days / day(0) / dataset.manifest.shards[0].path.partition("/")[2]
+    asked: list[str] = []
+
+    def refuse_again(method: str, path: str) -> int | None:
+        asked.extend([path] if method == "GET" and path.endswith(shard.name) else [])
+        return 403 if len(asked) > 3 else None
+
+    proxy.fault = refuse_again  # its checksums are right; then the token expires
+    with pytest.raises(UserError, match=r"cannot be read \(.*refuses.*Run the same command again") as refused:
+        list(verify(Dataset(days / day(0))))
+    assert "Restore" not in str(refused.value)
+    proxy.fault = lambda method, path: None
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=rf"^{shard} has \d+ bytes, the manifest says \d+"):
         open_dataset(days, day(0))

@@ -40,9 +40,20 @@ def test_a_store_that_refuses_is_one_line_about_credentials() -> None:
     assert "another file" not in str(stop.value.code)
 
 
-def test_a_store_that_does_not_answer_is_one_line_that_says_to_run_again() -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ETIMEDOUT, "the store has not answered for 120 s", "s3://bucket/data"),
+            "s3://bucket/data: the store has not answered for 120 s. What was committed is kept: run the same command again.",
+        ),
+        (
+            OSError(errno.ENOPKG, "gs:// needs a package: install gcsfs", "gs"),
+            "gs: gs:// needs a package: install gcsfs. Install it, then run the same command again.",
+        ),
+    ],
+)
+def test_a_store_that_does_not_answer_or_has_no_package_is_one_line(error: OSError, line: str) -> None:
     with pytest.raises(SystemExit) as stop, user_errors():
-        raise OSError(errno.ETIMEDOUT, "the store has not answered for 120 s", "s3://bucket/data")
-    assert stop.value.code == (
-        "error: s3://bucket/data: the store has not answered for 120 s. What was committed is kept: run the same command again."
-    )
+        raise error
+    assert stop.value.code == f"error: {line}"

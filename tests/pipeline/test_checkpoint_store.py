@@ -235,7 +235,7 @@ def test_pruning_keeps_the_best_the_pinned_and_the_newest_and_leaves_no_file_of_
     assert {name.partition("/")[0] for name in names(run.checkpoints)} == {"step-00000002", "step-00000006"}
 
 
-def test_a_store_that_does_not_answer_or_refuses_leaves_no_whole_checkpoint_behind(
+def test_no_whole_checkpoint_is_passed_over_where_a_store_does_not_answer_or_refuses(
     memory: StorePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline.run import records

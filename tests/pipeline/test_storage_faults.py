@@ -208,9 +208,10 @@ def test_a_bug_is_not_taken_for_a_silent_store() -> None:
         patiently("s3://bucket/a", lambda: 1 // 0)
 
 
-def test_a_limit_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(patience.TIMEOUT, "soon")
-    with pytest.raises(UserError, match="TASKFUSE_STORE_TIMEOUT=soon"):
+@pytest.mark.parametrize("limit", ["soon", "nan", "-1"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(patience.TIMEOUT, limit)
+    with pytest.raises(UserError, match=f"TASKFUSE_STORE_TIMEOUT={limit} in the environment is no number of seconds"):
         patiently("s3://bucket/a", lambda: 1)
 
 
@@ -416,6 +417,29 @@ def test_a_file_is_read_several_ranges_ahead(
         for start, size in ((0, 3 << 20), (3 << 20, 100), (5 << 20, 1 << 20), ((6 << 20) - 7, 2 << 20), (0, 9 << 20)):
             opened.seek(start)
             assert opened.read(size) == BIG[start : start + size]
+
+
+def test_a_range_that_failed_is_asked_for_again_by_the_next_read(
+    memory: StorePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_files, "READ_BYTES", 1 << 20)
+    (memory / "file").write_bytes(BIG)
+    fetch, failing = object_files.ObjectReader._fetch, [2 << 20]
+
+    def fails_once(self: Any, start: int, end: int) -> bytes:
+        if start in failing:
+            failing.clear()
+            raise OSError(errno.ETIMEDOUT, "the store has not answered", self.name)
+        return fetch(self, start, end)
+
+    monkeypatch.setattr(object_files.ObjectReader, "_fetch", fails_once)
+    reader = object_files.ObjectReader("file", memory.system, (memory / "file").key, len(BIG))
+    found = b"".join(reader.read(1 << 20) or b"" for _ in range(2))
+    with pytest.raises(OSError, match="has not answered"):
+        reader.read(1 << 20)
+    while part := reader.read(1 << 20):
+        found += part
+    assert found == BIG
 
 
 def test_a_small_file_is_read_by_one_request_with_or_without_its_version(

@@ -32,7 +32,7 @@ class Consensus:
     """A message of each rank with every step, which all ranks read one step later: nobody waits for it.
 
     Args:
-        group: a CPU process group of all ranks that nothing else uses; None for a single rank.
+        group: a CPU process group of all ranks that nothing else uses meanwhile; None for a single rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
