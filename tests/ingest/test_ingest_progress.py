@@ -1,7 +1,9 @@
 """Progress by the names of files, in a folder or on a store."""
 
 import threading
+import time
 import uuid
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,7 +49,7 @@ def test_steps_that_end_between_two_listings_have_their_lines_and_times(folder, 
     clock = iter([100.0, 101.0, 103.0, 104.0, 108.0, 116.0, 116.0])
     monkeypatch.setattr(progress, "STORE_LIST_S", 60)  # only the end of the job is seen
     monkeypatch.setattr(progress, "LIST_S", 60)
-    monkeypatch.setattr(progress.time, "time", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(**{**vars(time), "time": lambda: next(clock)}))
 
     def body():
         record_done(folder, "read", 0, 100.5, 1_000_000)

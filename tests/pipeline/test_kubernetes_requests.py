@@ -1,9 +1,11 @@
 """Requests of the Kubernetes backend: which are repeated, which errors are one line, and what a role must allow."""
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,7 +37,7 @@ def requests(server: FakeServer) -> list[tuple[str, str]]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long the client waited, which takes no time."""
     found: list[float] = []
-    monkeypatch.setattr(api.time, "sleep", found.append)
+    monkeypatch.setattr(api, "time", SimpleNamespace(**{**vars(time), "sleep": found.append}))
     return found
 
 

@@ -3,8 +3,10 @@
 import errno
 import os
 import random
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from evaluations_by_hand import DATASET, MEASURE, commit, record, set_commit_time, write_figures
@@ -339,7 +341,7 @@ def test_a_checkpoint_that_failed_is_tried_again_when_it_is_written_anew_or_a_mi
 ):
     commit(run, 2)
     them, clock = pending(run), [100.0]
-    monkeypatch.setattr(pending_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pending_module, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: clock[0]}))
 
     def fails() -> bool:
         claim = them.take([2])

@@ -21,7 +21,7 @@ word=${!#}
 exec bash -c "${word#*=}"
 """
 # Saves its work on SIGTERM, as a run does.
-SAVES = "trap 'echo saved; exit 75' TERM; echo ready; sleep 60 & wait; wait"
+SAVES = "trap 'echo saved; exit 75' TERM; echo ready; sleep 600 & wait; wait"
 
 
 @pytest.fixture(scope="module")

@@ -227,7 +227,7 @@ def test_a_cluster_that_does_not_answer_is_asked_once(records: Records, monkeypa
     for name, when in (("old", 10.0), ("new", 30.0), ("mid", 20.0)):
         records.reserve(submission(name, time=when))
     monkeypatch.setattr(manager, "current", current)
-    monkeypatch.setattr(manager.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(manager, "time", SimpleNamespace(**{**vars(time), "monotonic": lambda: next(clock)}))
     assert [line.split()[3] for line in manager.listed(records).splitlines()[1:]] == ["unknown"] * 3
     assert asked == ["new"]
 

@@ -196,7 +196,7 @@ def test_a_trainer_that_has_lost_its_run_rolls_nothing_of_it_back(tmp_path: Path
         trainer.wait_for_writer()
         trainer.run.flush()
         lock: Any = trainer.owner.lock
-        lock.held.lost = True
+        lock.owned.lost = True
         seen.update(files())
 
     seen: dict[StorePath, bytes] = {}
@@ -318,7 +318,7 @@ def test_a_run_that_is_lost_as_a_checkpoint_is_committed_keeps_the_others_checkp
         (checkpoint.folder(run.checkpoints, step) / "manifest.json").write_bytes(b"{}")
     owner = Owner(run, Keep(last=1), "data", Sinks())
     with lease.lease(memory / "lock") as owner.lock:
-        owner.lock.held.lost = True
+        owner.lock.owned.lost = True
         owner.committed(3, 1.0)
     assert checkpoint.steps(run.checkpoints) == [3, 5]
 
